@@ -1,0 +1,132 @@
+"""The `hfdiff` command: `sample` draws from a pipeline, `demo` shows the bundled one."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+
+from .images import image_grid, to_bytes
+from .models.noisy_classifier import NoisyClassifier
+from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+BATCH_SIZE = 100
+
+
+def draw(
+    pipe: ClassifierGuidedPipeline, labels: Sequence[int | str], seed: int, scale: float | None, steps: int
+) -> np.ndarray:
+    """One image per label, (N, H, W, C) uint8; image i has its own generator, so it is the same in any batch."""
+    batches = []
+    for start in range(0, len(labels), BATCH_SIZE):
+        batch = labels[start : start + BATCH_SIZE]
+        generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))]
+        output = pipe(
+            batch, guidance_scale=scale, num_inference_steps=steps, generator=generators, output_type="np"
+        )
+        batches.append(to_bytes(output.images))
+    return np.concatenate(batches)
+
+
+def save(images: np.ndarray, labels: Sequence[int], output: Path, columns: int) -> None:
+    """Writes images as an npz file (arr_0, arr_1), a grid, or a folder of one file each, by the output's suffix."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    pictures = diffusers.DiffusionPipeline.numpy_to_pil(images / np.float32(255))
+    if output.suffix == ".npz":
+        np.savez(output, images, np.asarray(labels))
+    elif output.suffix in IMAGE_SUFFIXES:
+        image_grid(pictures, columns).save(output)
+    else:
+        output.mkdir(exist_ok=True)
+        for index, (picture, label) in enumerate(zip(pictures, labels)):
+            picture.save(output / f"{index:05d}_{label}.png")
+
+
+def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:
+    """A scheduler of diffusers by its class name, with or without its "Scheduler"."""
+    known = [key for key in dir(diffusers) if key.endswith("Scheduler")]
+    for candidate in (name, f"{name}Scheduler"):
+        if candidate in known:
+            return getattr(diffusers, candidate)
+    raise ValueError(f"`--scheduler` must be a scheduler of diffusers, got {name!r}; choose among {', '.join(known)}.")
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Draws `num` images of each label and writes them."""
+    if args.num < 1:
+        raise ValueError(f"`--num` must be at least 1, got {args.num}.")
+    pipe = ClassifierGuidedPipeline.from_pretrained(args.pipeline)
+    if args.scheduler is not None:
+        pipe.scheduler = scheduler_class(args.scheduler).from_config(pipe.scheduler.config)
+    ids = {name: index for index, name in pipe.classifier.id2label.items()}
+    labels = [ids.get(label, int(label) if label.isdecimal() else label) for label in args.labels]
+    labels = [label for label in labels for _ in range(args.num)]
+    images = draw(pipe, labels, args.seed, args.scale, args.steps)
+    save(images, labels, args.output, columns=args.num if args.num > 1 else len(labels))
+    print(f"{len(images)} images: {args.output}")
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Draws each class guided above unguided from the same noise, and asks a classifier of clean images what it sees."""
+    pipe = ClassifierGuidedPipeline.from_pretrained(args.pipeline)
+    judge = NoisyClassifier.from_pretrained(args.judge)
+    labels = list(pipe.classifier.id2label)
+    start = time.perf_counter()
+    rows = [draw(pipe, labels, args.seed, scale, args.steps) for scale in (None, 0.0)]
+    seconds = time.perf_counter() - start
+    pictures = diffusers.DiffusionPipeline.numpy_to_pil(np.concatenate(rows) / np.float32(255))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(pictures, columns=len(labels), scale=3).save(args.output)
+    print(f"{args.output}: {2 * len(labels)} images in {seconds:.1f} s; asked for {' '.join(map(str, labels))}")
+    for name, row in zip(("guided", "unguided"), rows):
+        seen = judge_labels(judge, row)
+        right = sum(a == b for a, b in zip(seen, labels))
+        print(f"{name:>8}: an independent classifier sees {' '.join(map(str, seen))}, {right} of {len(labels)} as asked")
+
+
+@torch.no_grad()
+def judge_labels(judge: NoisyClassifier, images: np.ndarray) -> list[int]:
+    """The class a classifier sees in each clean image of (N, H, W, C) uint8."""
+    x0 = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    return judge(x0, 0).logits.argmax(dim=-1).tolist()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    root = argparse.ArgumentParser(prog="hfdiff", description="Classic diffusion models for the Hugging Face ecosystem.")
+    commands = root.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("sample", help="draw images of the classes asked for")
+    command.set_defaults(run=sample)
+    command.add_argument("--labels", nargs="+", required=True, help="class names or indices")
+    command.add_argument("--scale", type=float, help="guidance scale; the pipeline's own by default, 0 is off")
+    command.add_argument("--scheduler", help="a scheduler of diffusers, like DDIM; the pipeline's own by default")
+    command.add_argument("--num", type=int, default=1, help="images of each label")
+    command.add_argument("--output", type=Path, default=Path("out/samples.png"), help="grid.png, samples.npz or a folder")
+
+    show = commands.add_parser("demo", help="draw every class, guided above unguided, and judge the images")
+    show.set_defaults(run=demo)
+    show.add_argument("--judge", default="pipelines/mnist-judge", help="folder or Hub id of a classifier of clean images")
+    show.add_argument("--output", type=Path, default=Path("out/guided.png"), help="where the picture goes")
+
+    for subparser in (command, show):
+        subparser.add_argument("--pipeline", default="pipelines/mnist-classifier-guided", help="folder or Hub id")
+        subparser.add_argument("--steps", type=int, default=50, help="model calls per image")
+        subparser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next has the next")
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except ValueError as error:
+        print(f"hfdiff {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,235 @@
+"""Classifiers of noisy images, p(y | x_t, t): the encoder half of the ADM UNet (Dhariwal & Nichol 2021, section 4).
+
+Time runs from clean to noisy: `timestep` 0 is almost clean, `num_train_timesteps - 1` almost pure noise.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from .layers import AttentionBlock, AttentionPool, Downsample, GroupNorm32, ResBlock, zero_init
+
+POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
+SPATIAL_WIDTH = 2048  # hidden width of the spatial pools' two-layer head
+
+
+@dataclass
+class NoisyClassifierOutput(BaseOutput):
+    """Output of [`NoisyClassifier`].
+
+    Args:
+        logits: (B, num_classes), unnormalised log p(y | x_t, t).
+    """
+
+    logits: Tensor
+
+
+class NoisyClassifier(ModelMixin, ConfigMixin):
+    """Time-conditioned classifier log p(y | x_t, t), the encoder half of the ADM UNet with a pooling head.
+
+    Reference: Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, section 4 and appendix I.
+    Parameters are named as in guided-diffusion's `EncoderUNetModel`, so its state dicts load as they are.
+
+    Args:
+        sample_size: height and width of the images.
+        in_channels: C, channels of the images.
+        num_classes: K, number of classes.
+        model_channels: base width; level i has `channel_mult[i] * model_channels` channels.
+        channel_mult: one factor per resolution level; each level after the first halves height and width.
+        num_res_blocks: residual blocks per level.
+        attention_downsamples: downsampling factors (1, 2, 4, ...) at which attention follows each residual block.
+            The middle block always has attention.
+        num_heads: attention heads, where `num_head_channels` is not given.
+        num_head_channels: channels per attention head; fixes the head count by width.
+        use_scale_shift_norm: condition by scale and shift (adaptive group norm) instead of addition.
+        resblock_updown: downsample inside a residual block instead of by a strided convolution.
+        use_new_attention_order: rows of the qkv projections are [q, k, v][head] instead of [head][q, k, v].
+        pool: "attention" (CLIP's pooling), "adaptive" (average), "spatial" or "spatial_v2" (means of every level).
+        dropout: dropout probability inside residual blocks.
+        norm_num_groups: groups of each group normalisation.
+        id2label: name of each class; keys are class indices.
+        noise_schedule: config of the noise the classifier was trained on (`num_train_timesteps`, `beta_schedule`,
+            `beta_start`, `beta_end`, `trained_betas`); a pipeline refuses a scheduler with other noise levels.
+
+    Raises:
+        ValueError: for an unknown pool, sizes that do not divide, or an `id2label` that is not 0..K-1.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        model_channels: int = 32,
+        channel_mult: tuple[float, ...] = (1, 2, 2),
+        num_res_blocks: int = 1,
+        attention_downsamples: tuple[int, ...] = (4,),
+        num_heads: int = 1,
+        num_head_channels: int | None = 32,
+        use_scale_shift_norm: bool = True,
+        resblock_updown: bool = True,
+        use_new_attention_order: bool = False,
+        pool: str = "attention",
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        id2label: dict[int, str] | None = None,
+        noise_schedule: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        self._check_config(widths)
+        emb_channels = 4 * model_channels
+        self.gradient_checkpointing = False
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+
+        def res_block(channels: int, out_channels: int, down: bool = False) -> ResBlock:
+            return ResBlock(
+                channels,
+                emb_channels,
+                out_channels,
+                dropout=dropout,
+                scale_shift=use_scale_shift_norm,
+                down=down,
+                norm_num_groups=norm_num_groups,
+            )
+
+        def heads(channels: int) -> int:
+            return num_heads if num_head_channels is None else channels // num_head_channels
+
+        def attention(channels: int) -> AttentionBlock:
+            return AttentionBlock(channels, heads(channels), norm_num_groups, use_new_attention_order)
+
+        channels = widths[0]
+        blocks = [nn.ModuleList([nn.Conv2d(in_channels, channels, 3, padding=1)])]
+        feature_widths = [channels]
+        for level, width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [res_block(channels, width)]
+                channels = width
+                if 2**level in attention_downsamples:
+                    layers.append(attention(channels))
+                blocks.append(nn.ModuleList(layers))
+                feature_widths.append(channels)
+            if level < len(widths) - 1:
+                down = res_block(channels, channels, down=True) if resblock_updown else Downsample(channels)
+                blocks.append(nn.ModuleList([down]))
+                feature_widths.append(channels)
+        feature_widths.append(channels)
+        self.input_blocks = nn.ModuleList(blocks)
+        self.middle_block = nn.ModuleList(
+            [res_block(channels, channels), attention(channels), res_block(channels, channels)]
+        )
+        side = sample_size // 2 ** (len(widths) - 1)
+        self.out = self._make_head(channels, sum(feature_widths), side, heads(channels))
+
+    def _check_config(self, widths: list[int]) -> None:
+        config = self.config
+        if config.pool not in POOLS:
+            raise ValueError(f"`pool` must be one of {POOLS}, got {config.pool!r}.")
+        factor = 2 ** (len(widths) - 1)
+        if config.sample_size % factor:
+            raise ValueError(
+                f"`sample_size` must be a multiple of {factor} for {len(widths)} levels, got {config.sample_size}; "
+                "use fewer entries in `channel_mult` or another size."
+            )
+        for width in widths:
+            if width % config.norm_num_groups:
+                raise ValueError(
+                    f"`norm_num_groups` must divide every level's width, got {config.norm_num_groups} for {width} "
+                    "channels; lower it or change `model_channels`."
+                )
+        labels = config.id2label
+        if labels is not None and sorted(int(key) for key in labels) != list(range(config.num_classes)):
+            raise ValueError(
+                f"`id2label` must name every class from 0 to {config.num_classes - 1}, got keys {sorted(labels)}."
+            )
+
+    def _make_head(self, channels: int, all_channels: int, side: int, num_heads: int) -> nn.Sequential:
+        pool, num_classes = self.config.pool, self.config.num_classes
+        norm = GroupNorm32(self.config.norm_num_groups, channels)
+        if pool == "adaptive":
+            last = zero_init(nn.Conv2d(channels, num_classes, 1))
+            return nn.Sequential(norm, nn.SiLU(), nn.AdaptiveAvgPool2d(1), last)
+        if pool == "attention":
+            return nn.Sequential(norm, nn.SiLU(), AttentionPool(side, channels, num_heads, num_classes))
+        first, last = nn.Linear(all_channels, SPATIAL_WIDTH), nn.Linear(SPATIAL_WIDTH, num_classes)
+        if pool == "spatial":
+            return nn.Sequential(first, nn.ReLU(), last)
+        return nn.Sequential(first, GroupNorm32(32, SPATIAL_WIDTH), nn.SiLU(), last)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Name of each class index; the index itself where the config names none."""
+        labels = self.config.id2label or {index: str(index) for index in range(self.config.num_classes)}
+        return {int(index): str(name) for index, name in labels.items()}
+
+    def _encode(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
+        """The last map (B, C', H', W'), or the concatenated spatial means of all levels for the spatial pools."""
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        emb = get_timestep_embedding(
+            timestep, self.config.model_channels, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        emb = self.time_embed(emb.to(self.dtype))
+        conv_in, *blocks = self.input_blocks
+        h = conv_in[0](sample.to(self.dtype))
+        maps = [h]
+        for block in [*blocks, self.middle_block]:
+            for layer in block:
+                if torch.is_grad_enabled() and self.gradient_checkpointing:
+                    h = self._gradient_checkpointing_func(layer, h, emb)
+                else:
+                    h = layer(h, emb)
+            maps.append(h)
+        if self.config.pool.startswith("spatial"):
+            return torch.cat([h.mean(dim=(2, 3)) for h in maps], dim=-1)
+        return h
+
+    def features(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
+        """The vector the last layer classifies, for distances between sets of images.
+
+        Args:
+            sample: x_t, (B, C, H, W), clean images in [-1, 1].
+            timestep: t, one for all or (B,).
+
+        Returns:
+            (B, D): D is the width of the last level, or 2048 for the spatial pools.
+        """
+        h = self._encode(sample, timestep)
+        *layers, last = self.out
+        for layer in layers:
+            h = layer(h)
+        return last.pool(h) if isinstance(last, AttentionPool) else h.flatten(1)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float | int, return_dict: bool = True
+    ) -> NoisyClassifierOutput | tuple[Tensor]:
+        """Classifies noisy images.
+
+        Args:
+            sample: x_t, (B, C, H, W), clean images in [-1, 1].
+            timestep: t, one for all or (B,).
+            return_dict: return a [`NoisyClassifierOutput`] instead of a tuple.
+
+        Returns:
+            logits of shape (B, num_classes).
+        """
+        feature = self.features(sample, timestep)
+        last = self.out[-1]
+        if isinstance(last, AttentionPool):
+            logits = last.project(feature)
+        elif isinstance(last, nn.Conv2d):
+            logits = last(feature[:, :, None, None]).flatten(1)
+        else:
+            logits = last(feature)
+        return NoisyClassifierOutput(logits=logits) if return_dict else (logits,)

@@ -1,0 +1,61 @@
+"""Classifier guidance: the gradient g = w ∇ log p(y | x_t) and its two uses (Dhariwal & Nichol 2021, section 4).
+
+The mean shift (algorithm 1) moves a Gaussian step's mean by Σ g. The score shift (algorithm 2) moves the predicted noise
+by -√(1-ᾱ) g, since ∇ log p(x_t | y) = ∇ log p(x_t) + ∇ log p(y | x_t) and ε = -√(1-ᾱ) ∇ log p(x_t).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def log_likelihood(logits: Tensor, class_labels: Tensor) -> Tensor:
+    """log p(y | x) of each row of logits (B, K), in float32 at least.
+
+    `class_labels` is (B,) of class indices, or (B, K) of class probabilities q, for which it is Σ_k q_k log p(k | x).
+    """
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    if class_labels.is_floating_point():
+        return (class_labels * log_probs).sum(dim=-1)
+    return log_probs.gather(-1, class_labels[:, None])[:, 0]
+
+
+def classifier_gradient(
+    classifier: Callable[[Tensor, Any], Any],
+    sample: Tensor,
+    timestep: int | float | Tensor,
+    class_labels: Tensor,
+    guidance_scale: float | Tensor = 1.0,
+) -> Tensor:
+    """g = w ∇ log p(y | x_t) with respect to x_t, by one backward pass through the classifier alone.
+
+    Args:
+        classifier: maps (x_t, t) to logits (B, K), or to an object that has them as `.logits`.
+        sample: x_t, (B, C, H, W), as the classifier sees it.
+        timestep: t, one for all or (B,).
+        class_labels: (B,) class indices, or (B, K) class probabilities q, which give Σ_k q_k ∇ log p(k | x_t).
+        guidance_scale: w, one for all or (B,).
+
+    Returns:
+        g, of the sample's shape and dtype; no graph is kept.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        xt = sample.detach().clone().requires_grad_()
+        output = classifier(xt, timestep)
+        logits = output if isinstance(output, Tensor) else output.logits
+        (gradient,) = torch.autograd.grad(log_likelihood(logits, class_labels).sum(), xt)
+    if isinstance(guidance_scale, Tensor):
+        guidance_scale = guidance_scale.to(gradient).view(-1, *[1] * (gradient.ndim - 1))
+    return guidance_scale * gradient
+
+
+def shift_mean(mean: Tensor, variance: Tensor | float, gradient: Tensor) -> Tensor:
+    """μ + Σ g (algorithm 1). `variance` is Σ, never its logarithm or root; it broadcasts."""
+    return mean + variance * gradient
+
+
+def shift_epsilon(eps: Tensor, alpha_bar: Tensor | float, gradient: Tensor) -> Tensor:
+    """ε̂ = ε - √(1-ᾱ) g (algorithm 2). `alpha_bar` is ᾱ_t, a float or broadcastable."""
+    return eps - (1 - alpha_bar) ** 0.5 * gradient

@@ -1,0 +1,156 @@
+"""Checks and conversions of the guided pipeline's arguments, made before any model runs.
+
+Each raises a ValueError that names the argument, what was expected, what came and the remedy.
+"""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Labels = int | str | Sequence[int | str] | Tensor
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuses a value that is not one of the choices."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}; choose one of these.")
+
+
+def check_num_inference_steps(steps: Any, num_train_timesteps: int) -> None:
+    """Refuses a number of steps that is not an integer in [1, num_train_timesteps]."""
+    if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= steps <= num_train_timesteps:
+        raise ValueError(
+            f"`num_inference_steps` must be an integer from 1 to the {num_train_timesteps} timesteps of training, "
+            f"got {steps!r}; choose a number in that range."
+        )
+
+
+def check_guidance_interval(interval: Any) -> tuple[float, float]:
+    """Refuses anything but 0 ≤ start ≤ end ≤ 1, fractions of the sampling's progress."""
+    try:
+        start, end = (float(bound) for bound in interval)
+    except (TypeError, ValueError):
+        start = end = math.nan
+    if not 0 <= start <= end <= 1:
+        raise ValueError(
+            "`guidance_interval` must be two fractions (start, end) of the sampling with 0 <= start <= end <= 1, "
+            f"got {interval!r}; (0.0, 1.0) guides every step."
+        )
+    return start, end
+
+
+def check_guidance_scale(scale: Any, batch_size: int) -> float | Tensor:
+    """A non-negative finite float, or a (batch_size,) tensor of them."""
+    values = torch.as_tensor(scale) if isinstance(scale, Real | Tensor) else None
+    if values is None or isinstance(scale, bool) or values.dtype == torch.bool or values.is_complex():
+        raise ValueError(
+            "`guidance_scale` must be a number, a tensor of one number per image, or a callable of the progress that "
+            f"returns either, got {scale!r}."
+        )
+    if values.ndim and values.shape != (batch_size,):
+        raise ValueError(
+            f"`guidance_scale` must be one number or have shape ({batch_size},), one per image, "
+            f"got shape {tuple(values.shape)}; give one scale per class label."
+        )
+    if not torch.isfinite(values).all() or (values < 0).any():
+        raise ValueError(
+            f"`guidance_scale` must be finite and at least 0, got {values.tolist()}; 0 switches guidance off."
+        )
+    return values.float() if values.ndim else float(values)
+
+
+def check_generator(generator: Any, batch_size: int) -> None:
+    """Refuses anything but None, a generator, or a list of one per image."""
+    generators = generator if isinstance(generator, list | tuple) else [generator]
+    if not all(g is None or isinstance(g, torch.Generator) for g in generators):
+        raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
+    if isinstance(generator, list | tuple) and len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` must have one generator per class label, got {len(generator)} for {batch_size} labels; "
+            "give as many of one as of the other, or a single generator."
+        )
+
+
+def check_latents(latents: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuses latents of another shape or dtype than the pipeline works in."""
+    if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
+        came = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(
+            f"`latents` must be a tensor of shape {shape}: one per class label, with the UNet's channels and size; "
+            f"got {came}."
+        )
+    if latents.dtype not in dtypes:
+        raise ValueError(
+            f"`latents` must have dtype {dtypes[0]}, got {latents.dtype}; convert them with "
+            f"`latents.to({dtypes[0]})`."
+        )
+
+
+def label_tensor(class_labels: Labels, num_classes: int | None, id2label: dict[int, str]) -> Tensor:
+    """Class labels as a tensor on the CPU.
+
+    Args:
+        class_labels: one class index or name, a sequence of them, a (B,) tensor of indices, or a (B, K) tensor of
+            class probabilities.
+        num_classes: K; None, where the classifier does not tell, leaves indices unchecked above.
+        id2label: names of the classes.
+
+    Returns:
+        (B,) int64 indices, or (B, K) float32 probabilities.
+    """
+    if hasattr(class_labels, "__array__") and not isinstance(class_labels, Tensor):
+        class_labels = torch.as_tensor(class_labels)
+    if isinstance(class_labels, Tensor):
+        if class_labels.is_floating_point():
+            return _probabilities(class_labels, num_classes)
+        class_labels = class_labels.tolist()
+    if isinstance(class_labels, str) or not isinstance(class_labels, Sequence):
+        class_labels = [class_labels]
+    if not class_labels:
+        raise ValueError("`class_labels` must name at least one class, got none; give one label per image.")
+    indices = [_label_index(label, id2label) for label in class_labels]
+    for index in indices:
+        if index < 0 or (num_classes is not None and index >= num_classes):
+            raise ValueError(
+                f"`class_labels` must be between 0 and {'K' if num_classes is None else num_classes} - 1, "
+                f"the classifier's classes, got {index}; see `pipe.classifier.config.id2label`."
+            )
+    return torch.tensor(indices)
+
+
+def _label_index(label: Any, id2label: dict[int, str]) -> int:
+    if isinstance(label, Integral) and not isinstance(label, bool):
+        return int(label)
+    if isinstance(label, str):
+        for index, name in id2label.items():
+            if name == label:
+                return index
+        raise ValueError(
+            f"`class_labels` must be class indices or names among {sorted(id2label.values())}, got {label!r}; "
+            "names come from the classifier's `id2label`."
+        )
+    raise ValueError(
+        "`class_labels` must be an integer, a name, a sequence of them, a (B,) integer tensor or a (B, K) tensor of "
+        f"class probabilities, got {label!r} of type {type(label).__name__}."
+    )
+
+
+def _probabilities(probs: Tensor, num_classes: int | None) -> Tensor:
+    classes = "K" if num_classes is None else num_classes
+    if probs.ndim != 2 or not len(probs) or (num_classes is not None and probs.shape[1] != num_classes):
+        raise ValueError(
+            f"`class_labels` of floating dtype must be class probabilities of shape (B, {classes}), "
+            f"got shape {tuple(probs.shape)}; for class indices use an integer tensor."
+        )
+    probs = probs.detach().cpu().float()
+    sums = probs.sum(dim=-1)
+    if not (probs >= 0).all() or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        raise ValueError(
+            f"`class_labels` as probabilities must be at least 0 and sum to 1 in each row, got sums {sums.tolist()}; "
+            "divide each row by its sum."
+        )
+    return probs

@@ -1,0 +1,150 @@
+"""Noise levels as pure functions: β schedules and the respacing of a chain. Larger t is noisier; all in float64.
+
+A schedule is a vector β_0..β_{T-1}; α_t = 1 - β_t and ᾱ_t = ∏_{s≤t} α_s (Ho et al. 2020, section 2).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+MAX_BETA = 0.999  # the cap of Nichol & Dhariwal (2021), section 3.2
+
+
+def _between(num_train_timesteps: int, start: float, end: float) -> Tensor:
+    return torch.linspace(start, end, num_train_timesteps, dtype=torch.float64)
+
+
+def _warmup(num_train_timesteps: int, start: float, end: float, fraction: float) -> Tensor:
+    betas = torch.full((num_train_timesteps,), end, dtype=torch.float64)
+    ramp = int(num_train_timesteps * fraction)
+    betas[:ramp] = _between(ramp, start, end)
+    return betas
+
+
+def _quadratic(num_train_timesteps: int, start: float, end: float) -> Tensor:
+    return _between(num_train_timesteps, start**0.5, end**0.5) ** 2
+
+
+def betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_train_timesteps: int) -> Tensor:
+    """Betas whose running product of 1-β follows a function of the fraction of time in [0, 1], capped at 0.999."""
+    values = alpha_bar(_between(num_train_timesteps + 1, 0.0, 1.0))
+    return (1 - values[1:] / values[:-1]).clamp(max=MAX_BETA)
+
+
+def _cosine_alpha_bar(progress: Tensor) -> Tensor:
+    return torch.cos((progress + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _laplace_alpha_bar(progress: Tensor) -> Tensor:
+    distance = 0.5 - progress
+    snr = torch.exp(-0.5 * torch.copysign(torch.ones_like(distance), distance) * torch.log(1 - 2 * distance.abs() + 1e-6))
+    return torch.sqrt(snr / (1 + snr))
+
+
+BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
+    "linear": _between,
+    "scaled_linear": _quadratic,  # latent diffusion's name of Ho et al.'s "quad"
+    "quad": _quadratic,
+    "const": lambda count, start, end: torch.full((count,), end, dtype=torch.float64),
+    "jsd": lambda count, start, end: 1.0 / _between(count, count, 1.0),
+    "warmup10": lambda count, start, end: _warmup(count, start, end, 0.1),
+    "warmup50": lambda count, start, end: _warmup(count, start, end, 0.5),
+    "squaredcos_cap_v2": lambda count, start, end: betas_from_alpha_bar(_cosine_alpha_bar, count),
+    "laplace": lambda count, start, end: betas_from_alpha_bar(_laplace_alpha_bar, count),
+    "sigmoid": lambda count, start, end: torch.sigmoid(_between(count, -6.0, 6.0)) * (end - start) + start,
+}
+
+
+def make_betas(
+    schedule: str, num_train_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Tensor:
+    """The variances β_t of a named schedule.
+
+    linear, quad, const, jsd, warmup10 and warmup50 are those of Ho et al. (2020); squaredcos_cap_v2 is the cosine
+    schedule of Nichol & Dhariwal (2021), equation 17; scaled_linear, sigmoid and laplace are diffusers'.
+    `beta_start` and `beta_end` are taken as given: guided-diffusion scales both by 1000/T for its linear schedule.
+
+    Args:
+        schedule: one of `BETA_SCHEDULES`.
+        num_train_timesteps: T.
+        beta_start: β_0, in (0, 1).
+        beta_end: β_{T-1}, in (0, 1).
+
+    Returns:
+        (T,), float64, values in (0, 1].
+
+    Raises:
+        ValueError: for an unknown schedule, or fewer than one timestep.
+    """
+    if schedule not in BETA_SCHEDULES:
+        raise ValueError(
+            f"`beta_schedule` must be one of {sorted(BETA_SCHEDULES)}, got {schedule!r}; "
+            "for other betas give them as `trained_betas`."
+        )
+    if num_train_timesteps < 1:
+        raise ValueError(f"`num_train_timesteps` must be at least 1, got {num_train_timesteps}.")
+    return BETA_SCHEDULES[schedule](num_train_timesteps, beta_start, beta_end)
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Shifts and scales √ᾱ so that ᾱ_{T-1} = 0 and ᾱ_0 stays (Lin et al. 2024, algorithm 1). (T,) to (T,)."""
+    root = torch.cumprod(1 - betas, 0).sqrt()
+    first, last = root[0], root[-1]
+    alpha_bar = ((root - last) * first / (first - last)) ** 2
+    previous = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+    return 1 - alpha_bar / previous
+
+
+def _ddim_timesteps(num_train_timesteps: int, count: int) -> list[int]:
+    for stride in range(1, num_train_timesteps + 1):
+        if len(steps := range(0, num_train_timesteps, stride)) == count:
+            return list(steps)
+    raise ValueError(
+        f"`respacing` \"ddim{count}\" needs an integer stride that takes exactly {count} of {num_train_timesteps} "
+        f'timesteps, and there is none; use "{count}" or another count.'
+    )
+
+
+def space_timesteps(num_train_timesteps: int, spec: str | Sequence[int]) -> list[int]:
+    """Timesteps to keep of a chain of T, by guided-diffusion's rule (Nichol & Dhariwal 2021, section 4).
+
+    The chain is cut into equal sections, one per count; each section's timesteps are spread evenly from its first to
+    its last and rounded half to even.
+
+    Args:
+        num_train_timesteps: T.
+        spec: "250", "10,15,20" (a count per section), the counts themselves, or "ddim25" (a fixed integer stride).
+
+    Returns:
+        Timesteps, ascending, in [0, T).
+
+    Raises:
+        ValueError: when `spec` cannot be read, a section is shorter than its count, or no stride fits.
+    """
+    try:
+        if isinstance(spec, str) and spec.startswith("ddim"):
+            return _ddim_timesteps(num_train_timesteps, int(spec.removeprefix("ddim")))
+        counts = [int(count) for count in (spec.split(",") if isinstance(spec, str) else spec)]
+    except (TypeError, ValueError) as error:
+        if "stride" in str(error):
+            raise
+        raise ValueError(f'`respacing` must be like "250", "10,15,20" or "ddim25", got {spec!r}.') from error
+    size, extra = divmod(num_train_timesteps, len(counts))
+    kept: list[int] = []
+    start = 0
+    for section, count in enumerate(counts):
+        length = size + (section < extra)
+        if not 0 <= count <= length:
+            raise ValueError(
+                f"`respacing` {spec!r} asks for {count} timesteps of a section of {length}; "
+                f"each of the {len(counts)} sections of {num_train_timesteps} timesteps can give 0 to {length}."
+            )
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0  # accumulated, not multiplied: the rounding of guided-diffusion depends on it
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride
+        start += length
+    return kept

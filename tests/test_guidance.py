@@ -1,0 +1,138 @@
+"""With an exact model and an exact classifier, guidance of scale 1 samples the conditional distribution."""
+
+import diffusers
+import pytest
+import torch
+from gaussian_mixture import ExactClassifier, ExactModel, Mixture
+
+from hfdiff import ClassifierGuidedPipeline, DDPMScheduler
+from hfdiff.pipelines.guidance import classifier_gradient, log_likelihood, shift_epsilon, shift_mean
+
+MIXTURE = Mixture(DDPMScheduler().alphas_cumprod)
+
+
+def exact_pipeline(prediction_type: str = "epsilon", scheduler: type | None = None, **config):
+    ours = DDPMScheduler(clip_sample=False, prediction_type=prediction_type, **config)
+    scheduler = ours if scheduler is None else scheduler.from_config(ours.config)
+    model, classifier = ExactModel(prediction_type).attach(MIXTURE), ExactClassifier().attach(MIXTURE)
+    pipe = ClassifierGuidedPipeline(model, classifier, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe._to_images = lambda latents, output_type: latents.flatten(1)  # the images' range is not the mixture's
+    return pipe
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_moments(samples, label, tolerance):
+    """Mean and covariance within the sampling error of N draws (standard errors are at most 1/√N here) and a bias."""
+    mean, covariance = MIXTURE.conditional_moments(label)
+    assert (samples.mean(0) - mean).abs().max() < tolerance
+    assert (torch.cov(samples.T) - covariance).abs().max() < 2 * tolerance
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_mean_shift_samples_the_conditional(label, variance_type):
+    pipe = exact_pipeline(variance_type=variance_type)
+    samples = pipe([label] * 6000, 1.0, num_inference_steps=250, generator=generator(), guidance_mode="mean_shift").images
+    assert_moments(samples, label, 0.05)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [
+        (diffusers.DDIMScheduler, 100),
+        (diffusers.DPMSolverMultistepScheduler, 30),
+        (diffusers.UniPCMultistepScheduler, 30),
+        (diffusers.EulerDiscreteScheduler, 100),
+        (diffusers.EulerAncestralDiscreteScheduler, 100),
+        (diffusers.DDPMScheduler, 250),
+        (None, 250),
+    ],
+)
+def test_score_shift_samples_the_conditional(scheduler, steps, prediction_type):
+    if scheduler is diffusers.EulerAncestralDiscreteScheduler and prediction_type == "sample":
+        pytest.skip("diffusers' Euler ancestral scheduler does not take x_0 predictions")
+    pipe = exact_pipeline(prediction_type, scheduler)
+    samples = pipe([0] * 6000, 1.0, num_inference_steps=steps, generator=generator(), guidance_mode="score_shift").images
+    assert_moments(samples, 0, 0.05)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [diffusers.DDIMScheduler, diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler]
+)
+def test_score_shift_equals_the_exact_conditional_model(scheduler):
+    """Step by step: the guided model is the model of p(x | y), whatever the scheduler does with it."""
+
+    class Conditional(Mixture):
+        weights = Mixture.weights[:2] / Mixture.weights[:2].sum()
+        means, scales, classes = Mixture.means[:2], Mixture.scales[:2], Mixture.classes[:2]
+
+    pipe = exact_pipeline(scheduler=scheduler)
+    guided = pipe([0] * 50, 1.0, num_inference_steps=20, generator=generator()).images
+    pipe.unet.attach(Conditional(MIXTURE.alpha_bar))
+    conditional = pipe([0] * 50, 0.0, num_inference_steps=20, generator=generator()).images
+    # diffusers keeps its noise levels in float32, where model and scheduler may differ by a rounding
+    torch.testing.assert_close(guided, conditional, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_is_that_of_bayes_rule():
+    """∇ log p(y|x_t) = ∇ log p(x_t|y) - ∇ log p(x_t), by central differences."""
+    classifier = ExactClassifier().attach(MIXTURE)
+    xt = torch.randn(4, 1, 1, 2, dtype=torch.float64)
+    labels, t, h = torch.tensor([0, 1, 1, 0]), 300, 1e-5
+    gradient = classifier_gradient(classifier, xt, t, labels)
+    for pixel in range(2):
+        offset = torch.zeros_like(xt)
+        offset[..., pixel] = h
+        up, down = (MIXTURE.class_log_probs(xt + sign * offset, t) for sign in (1, -1))
+        slope = (up.log_softmax(-1) - down.log_softmax(-1)).gather(-1, labels[:, None])[:, 0] / (2 * h)
+        torch.testing.assert_close(gradient[..., pixel].flatten(), slope, rtol=1e-6, atol=1e-8)
+
+
+def test_gradient_scales_per_image_and_mixes_by_probability():
+    classifier = ExactClassifier().attach(MIXTURE)
+    xt, labels = torch.randn(3, 1, 1, 2, dtype=torch.float64), torch.tensor([0, 1, 0])
+    plain = classifier_gradient(classifier, xt, 100, labels)
+    scale = torch.tensor([0.0, 1.0, 2.5], dtype=torch.float64)
+    torch.testing.assert_close(
+        classifier_gradient(classifier, xt, 100, labels, scale), scale.view(3, 1, 1, 1) * plain
+    )
+    other = classifier_gradient(classifier, xt, 100, 1 - labels)
+    probs = torch.nn.functional.one_hot(labels, 2) * 0.75 + torch.nn.functional.one_hot(1 - labels, 2) * 0.25
+    torch.testing.assert_close(classifier_gradient(classifier, xt, 100, probs), 0.75 * plain + 0.25 * other)
+
+
+def test_gradient_leaves_no_graph_and_works_in_inference_mode():
+    classifier = ExactClassifier().attach(MIXTURE)
+    xt, labels = torch.randn(2, 1, 1, 2, dtype=torch.float64), torch.tensor([0, 1])
+    expected = classifier_gradient(classifier, xt, 10, labels)
+    assert not expected.requires_grad
+    assert not xt.requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(classifier_gradient(classifier, xt.clone(), 10, labels), expected)
+
+
+def test_any_callable_is_a_classifier():
+    xt = torch.randn(2, 1, 2, 2)
+    gradient = classifier_gradient(lambda x, t: x.flatten(1), xt, 0, torch.tensor([1, 3]))
+    expected = torch.nn.functional.one_hot(torch.tensor([1, 3]), 4) - xt.flatten(1).softmax(-1)
+    torch.testing.assert_close(gradient.flatten(1), expected)
+
+
+def test_log_likelihood_is_in_float32_for_half_logits():
+    logits = torch.tensor([[40.0, 0.0]], dtype=torch.bfloat16)
+    assert log_likelihood(logits, torch.tensor([1])).item() == pytest.approx(-40)
+    assert log_likelihood(logits, torch.tensor([1])).dtype == torch.float32
+
+
+def test_shifts():
+    mean, gradient = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
+    variance = torch.tensor([0.1, 0.4], dtype=torch.float64).view(2, 1, 1, 1)
+    shifted = shift_mean(mean, variance, gradient)
+    torch.testing.assert_close((shifted - mean)[1], 0.4 * gradient[1])
+    shifted = shift_epsilon(mean, 0.36, gradient)
+    torch.testing.assert_close(shifted - mean, -0.8 * gradient)
