@@ -17,12 +17,20 @@ def exact_pipeline(prediction_type: str = "epsilon", scheduler: type | None = No
     model, classifier = ExactModel(prediction_type).attach(MIXTURE), ExactClassifier().attach(MIXTURE)
     pipe = ClassifierGuidedPipeline(model, classifier, scheduler)
     pipe.set_progress_bar_config(disable=True)
-    pipe._to_images = lambda latents, output_type: latents.flatten(1)  # the images' range is not the mixture's
     return pipe
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def draw(pipe, label: int, count: int, scale: float, steps: int, guidance_mode: str = "auto") -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    output = pipe(
+        [label] * count,
+        scale,
+        num_inference_steps=steps,
+        generator=generator,
+        guidance_mode=guidance_mode,
+        output_type="latent",
+    )
+    return output.images.flatten(1)
 
 
 def assert_moments(samples, label, tolerance):
@@ -36,8 +44,7 @@ def assert_moments(samples, label, tolerance):
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
 def test_mean_shift_samples_the_conditional(label, variance_type):
     pipe = exact_pipeline(variance_type=variance_type)
-    samples = pipe([label] * 6000, 1.0, num_inference_steps=250, generator=generator(), guidance_mode="mean_shift").images
-    assert_moments(samples, label, 0.05)
+    assert_moments(draw(pipe, label, 6000, 1.0, 250, "mean_shift"), label, 0.05)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -57,8 +64,7 @@ def test_score_shift_samples_the_conditional(scheduler, steps, prediction_type):
     if scheduler is diffusers.EulerAncestralDiscreteScheduler and prediction_type == "sample":
         pytest.skip("diffusers' Euler ancestral scheduler does not take x_0 predictions")
     pipe = exact_pipeline(prediction_type, scheduler)
-    samples = pipe([0] * 6000, 1.0, num_inference_steps=steps, generator=generator(), guidance_mode="score_shift").images
-    assert_moments(samples, 0, 0.05)
+    assert_moments(draw(pipe, 0, 6000, 1.0, steps, "score_shift"), 0, 0.05)
 
 
 @pytest.mark.parametrize(
@@ -72,9 +78,9 @@ def test_score_shift_equals_the_exact_conditional_model(scheduler):
         means, scales, classes = Mixture.means[:2], Mixture.scales[:2], Mixture.classes[:2]
 
     pipe = exact_pipeline(scheduler=scheduler)
-    guided = pipe([0] * 50, 1.0, num_inference_steps=20, generator=generator()).images
+    guided = draw(pipe, 0, 50, 1.0, 20)
     pipe.unet.attach(Conditional(MIXTURE.alpha_bar))
-    conditional = pipe([0] * 50, 0.0, num_inference_steps=20, generator=generator()).images
+    conditional = draw(pipe, 0, 50, 0.0, 20)
     # diffusers keeps its noise levels in float32, where model and scheduler may differ by a rounding
     torch.testing.assert_close(guided, conditional, rtol=1e-4, atol=1e-4)
 

@@ -31,7 +31,7 @@ from .inputs import (
 )
 
 GUIDANCE_MODES = ("auto", "mean_shift", "score_shift")
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SCORE_PREDICTIONS = ("epsilon", "sample", "v_prediction")  # the model outputs a score shift can be made in
 VARIANCE_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler")  # those that read a learned variance
 OWN_CLIPS = ("clip_sample", "thresholding")  # a scheduler's switches of its own clipping of x_0
@@ -114,7 +114,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             callback_on_step_end: called with (pipeline, step index, timestep, tensors) after each step; returns a
                 dictionary, whose `latents`, if any, the next step goes on with.
             callback_on_step_end_tensor_inputs: names of the tensors it is given, of `_callback_tensor_inputs`.
-            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), the latter two in [0, 1].
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent", x_0 as sampled.
             return_dict: return an `ImagePipelineOutput` instead of a tuple.
 
         Raises:
@@ -128,25 +128,28 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self._check_components()
         shift_mean = self._shifts_mean(guidance_mode)
         labels = label_tensor(class_labels, _config(self.classifier, "num_classes"), self._id2label).to(self._device)
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
+        self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         check_generator(generator, len(labels))
         latents = self._initial_noise(len(labels), generator, latents)
 
         self.scheduler.set_timesteps(num_inference_steps, device=self._device)
         timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
         progress = torch.linspace(0, 1, len(timesteps), dtype=torch.float64).tolist()
-        scales = [_scale_at(p, guidance_scale, len(labels)) if start <= p <= end else 0.0 for p in progress]
+        for point in progress:
+            _scale_at(point, self._guidance_scale, len(labels))
         latents = latents * self.scheduler.init_noise_sigma
         options = {"generator": generator} if "generator" in _parameters(self.scheduler.step) else {}
 
         for i, t in enumerate(self.progress_bar(timesteps)):
             xt = self.scheduler.scale_model_input(latents, t)
             output = self._predict(xt, t, labels)
-            if isinstance(scales[i], float) and scales[i] == 0:
+            guided = start <= progress[i] <= end
+            scale = _scale_at(progress[i], self._guidance_scale, len(labels)) if guided else 0.0
+            if isinstance(scale, float) and scale == 0:
                 latents = self.scheduler.step(output, t, latents, **options).prev_sample
             else:
-                gradient = classifier_gradient(self.classifier, xt, t, labels, scales[i])
+                gradient = classifier_gradient(self.classifier, xt, t, labels, scale)
                 if shift_mean:
                     latents = self.scheduler.step(output, t, latents, guidance=gradient, **options).prev_sample
                 else:
@@ -208,6 +211,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return latents.to(self._device, dtype)
 
     def _to_images(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -215,6 +220,16 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return array if output_type == "np" else self.numpy_to_pil(array)
 
     # --- what the components are -------------------------------------------------------------------------------------
+
+    @property
+    def guidance_scale(self) -> Scale | Callable[[float], Scale]:
+        """w of the call that runs, or of the last one."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that runs, or of the last one."""
+        return self._num_timesteps
 
     @property
     def _device(self) -> torch.device:

@@ -1,0 +1,129 @@
+"""Settings of a training script: a dataclass, filled from its defaults, then a YAML recipe, then flags.
+
+A script subclasses [`TrainingSettings`] with fields of its own and calls [`parse_settings`]. Every field is a flag and
+a key of the recipe, under diffusers' name where its example scripts have one; its line under `Args:` is the help.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+LearningRateSchedule = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]
+
+
+@dataclass(kw_only=True)
+class TrainingSettings:
+    """What every training script needs to know.
+
+    Args:
+        dataset_name: a Hub id, a local parquet file, a local folder, or "digits", scikit-learn's 8x8 digits, which need
+            no network and are the default.
+        train_data_dir: a local folder of parquet files, or of images in one folder per class; instead of dataset_name.
+        image_column: the dataset's column of images.
+        resolution: height and width to resize to, after a centred crop to a square; default: the images' own.
+        output_dir: where checkpoints, `log.jsonl` and the trained model go.
+        seed: seed of the weights and of every batch.
+        train_batch_size: images per process and backward pass.
+        gradient_accumulation_steps: backward passes per training step.
+        max_train_steps: training steps, that is, updates of the weights.
+        learning_rate: the peak, after the warmup.
+        lr_scheduler: course of the learning rate from there to the last step.
+        lr_warmup_steps: training steps over which the learning rate rises from 0.
+        adam_weight_decay: decoupled weight decay of AdamW.
+        max_grad_norm: the gradient is scaled down to this norm.
+        use_ema: keep an exponential moving average of the weights, and save that at the end.
+        ema_decay: its decay per training step, approached as (1 + n) / (10 + n) in the first n steps.
+        mixed_precision: the precision of the forward pass (quote "no" in YAML); default: accelerate's configuration.
+        checkpointing_steps: training steps between two checkpoints; there is one at the end, too.
+        resume_from_checkpoint: "latest", or the name of a checkpoint in output_dir; without any, "latest" begins anew.
+        logging_steps: training steps between two lines of `log.jsonl`.
+    """
+
+    dataset_name: str | None = None
+    train_data_dir: str | None = None
+    image_column: str = "image"
+    resolution: PositiveInt | None = None
+    output_dir: str = "output"
+    seed: NonNegativeInt = 0
+    train_batch_size: PositiveInt = 64
+    gradient_accumulation_steps: PositiveInt = 1
+    max_train_steps: PositiveInt = 2000
+    learning_rate: PositiveFloat = 1e-3
+    lr_scheduler: LearningRateSchedule = "cosine"
+    lr_warmup_steps: NonNegativeInt = 100
+    adam_weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    use_ema: bool = True
+    ema_decay: ClosedUnitInterval = 0.999
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    checkpointing_steps: PositiveInt = 500
+    resume_from_checkpoint: str | None = None
+    logging_steps: PositiveInt = 50
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and self.train_data_dir:
+            raise ValueError(
+                f"Expected one of `dataset_name` and `train_data_dir`, got {self.dataset_name!r} and "
+                f"{self.train_data_dir!r}; leave one out."
+            )
+
+    @property
+    def dataset(self) -> str:
+        """The dataset to train on, as [`~hfdiff.training.data.load_images`] takes it."""
+        return self.train_data_dir or self.dataset_name or "digits"
+
+
+Settings = TypeVar("Settings", bound=TrainingSettings)
+
+
+def parse_settings(cls: type[Settings], argv: Sequence[str] | None = None, description: str = "") -> Settings:
+    """Reads a script's settings from its flags and the recipe they name, and ends the process on a mistake.
+
+    Besides the fields of `cls` there are `--config`, a YAML recipe, over which flags win wherever they stand, and
+    `--dry_run`, which prints the settings as a recipe and ends the process.
+
+    Args:
+        cls: the settings' dataclass.
+        argv: the flags; default: those of the process.
+        description: of the script, whose first line `--help` shows.
+    """
+    parser = _make_parser(cls, description)
+    recipes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipes.add_argument("--config", action="append", default=[])
+    found, flags = recipes.parse_known_args(argv)
+    values = parser.parse_args([*(f"--config={recipe}" for recipe in found.config), *flags])
+    values.pop("config")
+    dry_run = values.pop("dry_run")
+    try:
+        settings = cls(**values.as_dict())
+    except ValueError as error:
+        parser.error(str(error))
+    if dry_run:
+        print(parser.dump(values, skip_unset=False), end="")
+        parser.exit()
+    return settings
+
+
+def _make_parser(cls: type[TrainingSettings], description: str) -> ArgumentParser:
+    parser = ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML recipe; flags win over it.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the settings as a recipe and exit.")
+    docs = {
+        param.arg_name: param.description
+        for base in cls.__mro__
+        for param in parse_docstring(base.__doc__ or "").params
+    }
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        kind: dict[str, Any] = {"type": hints[field.name]}
+        if hints[field.name] is bool:
+            kind = {"action": ActionYesNo, "nargs": "?"}
+        parser.add_argument(f"--{field.name}", default=field.default, help=docs[field.name], **kind)
+    return parser
