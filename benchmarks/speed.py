@@ -111,13 +111,15 @@ def bench_pipeline(rounds: int, batch_size: int, optimize: bool) -> None:
     scale = pipe.config.default_guidance_scale
 
     def run(which: ClassifierGuidedPipeline) -> Callable[[], Tensor]:
-        return lambda: which(
-            labels, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0), output_type="latent"
-        ).images
+        return lambda: (
+            which(
+                labels, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0), output_type="latent"
+            ).images
+        )
 
     contest: Contest = {"by hand with diffusers": lambda: by_hand(pipe, labels, scale, 0), "hfdiff": run(pipe)}
     difference = (contest["hfdiff"]() - contest["by hand with diffusers"]()).abs()
-    print(f"\nlargest difference between pipeline and loop by hand: {difference.max():.1e} (median {difference.median():.1e})")
+    print(f"\npipeline and loop by hand differ by {difference.max():.1e} at most, median {difference.median():.1e}")
     if optimize:
         fast = ClassifierGuidedPipeline.from_pretrained(PIPELINE, dtype=torch.float32)
         fast.set_progress_bar_config(disable=True)
@@ -130,7 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30, help="rounds of the step; a fifth of them for the pipeline")
     parser.add_argument("--batch_size", type=int, default=16, help="images of the guided pipeline")
-    parser.add_argument("--no_optimize", action="store_true", help="leave out `optimize()`, which compiles for a minute")
+    parser.add_argument(
+        "--no_optimize", action="store_true", help="leave out `optimize()`, which compiles for a minute"
+    )
     args = parser.parse_args()
     print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads, ", end="")
     print(f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")

@@ -26,10 +26,8 @@ def draw(
     for start in range(0, len(labels), BATCH_SIZE):
         batch = labels[start : start + BATCH_SIZE]
         generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))]
-        output = pipe(
-            batch, guidance_scale=scale, num_inference_steps=steps, generator=generators, output_type="np"
-        )
-        batches.append(to_bytes(output.images))
+        output = pipe(batch, guidance_scale=scale, num_inference_steps=steps, generator=generators, output_type="np")
+        batches.append(to_bytes(output[0]))
     return np.concatenate(batches)
 
 
@@ -72,7 +70,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Draws each class guided above unguided from the same noise, and asks a classifier of clean images what it sees."""
+    """Draws each class guided above unguided from the same noise, and asks an independent classifier what it sees."""
     pipe = ClassifierGuidedPipeline.from_pretrained(args.pipeline)
     judge = NoisyClassifier.from_pretrained(args.judge)
     labels = list(pipe.classifier.id2label)
@@ -86,7 +84,9 @@ def demo(args: argparse.Namespace) -> None:
     for name, row in zip(("guided", "unguided"), rows):
         seen = judge_labels(judge, row)
         right = sum(a == b for a, b in zip(seen, labels))
-        print(f"{name:>8}: an independent classifier sees {' '.join(map(str, seen))}, {right} of {len(labels)} as asked")
+        print(
+            f"{name:>8}: an independent classifier sees {' '.join(map(str, seen))}, {right} of {len(labels)} as asked"
+        )
 
 
 @torch.no_grad()
@@ -98,24 +98,31 @@ def judge_labels(judge: NoisyClassifier, images: np.ndarray) -> list[int]:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    root = argparse.ArgumentParser(prog="hfdiff", description="Classic diffusion models for the Hugging Face ecosystem.")
+    root = argparse.ArgumentParser(
+        prog="hfdiff", description="Classic diffusion models for the Hugging Face ecosystem."
+    )
     commands = root.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("sample", help="draw images of the classes asked for")
     command.set_defaults(run=sample)
+    command.add_argument("--pipeline", default="hfdiff/mnist-classifier-guided", help="folder or Hub id")
     command.add_argument("--labels", nargs="+", required=True, help="class names or indices")
     command.add_argument("--scale", type=float, help="guidance scale; the pipeline's own by default, 0 is off")
     command.add_argument("--scheduler", help="a scheduler of diffusers, like DDIM; the pipeline's own by default")
     command.add_argument("--num", type=int, default=1, help="images of each label")
-    command.add_argument("--output", type=Path, default=Path("out/samples.png"), help="grid.png, samples.npz or a folder")
+    command.add_argument(
+        "--output", type=Path, default=Path("out/samples.png"), help="grid.png, samples.npz or a folder"
+    )
 
     show = commands.add_parser("demo", help="draw every class, guided above unguided, and judge the images")
     show.set_defaults(run=demo)
-    show.add_argument("--judge", default="pipelines/mnist-judge", help="folder or Hub id of a classifier of clean images")
+    show.add_argument("--pipeline", default="pipelines/mnist-classifier-guided", help="folder or Hub id")
+    show.add_argument(
+        "--judge", default="pipelines/mnist-judge", help="folder or Hub id of a classifier of clean images"
+    )
     show.add_argument("--output", type=Path, default=Path("out/guided.png"), help="where the picture goes")
 
     for subparser in (command, show):
-        subparser.add_argument("--pipeline", default="pipelines/mnist-classifier-guided", help="folder or Hub id")
         subparser.add_argument("--steps", type=int, default=50, help="model calls per image")
         subparser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next has the next")
     return root
@@ -126,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         args.run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"hfdiff {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

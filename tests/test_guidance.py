@@ -104,9 +104,7 @@ def test_gradient_scales_per_image_and_mixes_by_probability():
     xt, labels = torch.randn(3, 1, 1, 2, dtype=torch.float64), torch.tensor([0, 1, 0])
     plain = classifier_gradient(classifier, xt, 100, labels)
     scale = torch.tensor([0.0, 1.0, 2.5], dtype=torch.float64)
-    torch.testing.assert_close(
-        classifier_gradient(classifier, xt, 100, labels, scale), scale.view(3, 1, 1, 1) * plain
-    )
+    torch.testing.assert_close(classifier_gradient(classifier, xt, 100, labels, scale), scale.view(3, 1, 1, 1) * plain)
     other = classifier_gradient(classifier, xt, 100, 1 - labels)
     probs = torch.nn.functional.one_hot(labels, 2) * 0.75 + torch.nn.functional.one_hot(1 - labels, 2) * 0.25
     torch.testing.assert_close(classifier_gradient(classifier, xt, 100, probs), 0.75 * plain + 0.25 * other)

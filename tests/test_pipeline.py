@@ -209,7 +209,9 @@ def test_output_types(pipe):
 
 
 def test_callback_can_replace_the_latents(pipe):
-    images = run(pipe, callback_on_step_end=lambda pipe, i, t, tensors: {"latents": torch.ones_like(tensors["latents"])})
+    images = run(
+        pipe, callback_on_step_end=lambda pipe, i, t, tensors: {"latents": torch.ones_like(tensors["latents"])}
+    )
     assert torch.equal(images, torch.ones_like(images))
 
 

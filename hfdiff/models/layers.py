@@ -29,7 +29,7 @@ def split_heads(qkv: Tensor, num_heads: int, new_attention_order: bool) -> tuple
 
     Rows are stored as [head][q, k, v], or as [q, k, v][head] in the new order; the wrong order raises no error.
     """
-    batch, width, length = qkv.shape
+    batch, _width, length = qkv.shape
     if new_attention_order:
         q, k, v = qkv.view(batch, 3, num_heads, -1, length).unbind(1)
     else:
@@ -46,7 +46,9 @@ def attend(qkv: Tensor, num_heads: int, new_attention_order: bool) -> Tensor:
 class AttentionBlock(nn.Module):
     """Residual multi-head self-attention over the positions of a (B, C, H, W) map."""
 
-    def __init__(self, channels: int, num_heads: int, norm_num_groups: int = 32, new_attention_order: bool = False):
+    def __init__(
+        self, channels: int, num_heads: int, norm_num_groups: int = 32, new_attention_order: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.new_attention_order = new_attention_order
@@ -67,7 +69,7 @@ class AttentionPool(nn.Module):
     `pool` gives the (B, C) feature, `forward` projects it to (B, out_channels).
     """
 
-    def __init__(self, side: int, channels: int, num_heads: int, out_channels: int):
+    def __init__(self, side: int, channels: int, num_heads: int, out_channels: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.positional_embedding = nn.Parameter(torch.randn(channels, side**2 + 1) / channels**0.5)
@@ -91,12 +93,12 @@ class AttentionPool(nn.Module):
 class Downsample(nn.Module):
     """Halves height and width with a strided convolution."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Maps (B, C, H, W) to (B, C, H/2, W/2); `emb` is taken for the residual block's signature, and unused."""
+        """Maps (B, C, H, W) to half the size; `emb` is taken for the residual block's signature, and unused."""
         return self.op(x)
 
 
@@ -123,7 +125,7 @@ class ResBlock(nn.Module):
         scale_shift: bool = True,
         down: bool = False,
         norm_num_groups: int = 32,
-    ):
+    ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = nn.AvgPool2d(2) if down else nn.Identity()

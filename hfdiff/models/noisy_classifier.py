@@ -83,7 +83,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         norm_num_groups: int = 32,
         id2label: dict[int, str] | None = None,
         noise_schedule: dict[str, Any] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         widths = [int(mult * model_channels) for mult in channel_mult]
         self._check_config(widths)
@@ -126,7 +126,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
                 blocks.append(nn.ModuleList([down]))
                 feature_widths.append(channels)
         feature_widths.append(channels)
-        self.input_blocks = nn.ModuleList(blocks)
+        self.input_blocks = nn.ModuleList(blocks)  # the first is one convolution, the others blocks of (x, emb)
         self.middle_block = nn.ModuleList(
             [res_block(channels, channels), attention(channels), res_block(channels, channels)]
         )
@@ -177,15 +177,14 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
     def _encode(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
         """The last map (B, C', H', W'), or the concatenated spatial means of all levels for the spatial pools."""
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        emb = get_timestep_embedding(
-            timestep, self.config.model_channels, flip_sin_to_cos=True, downscale_freq_shift=0
-        )
+        emb = get_timestep_embedding(timestep, self.config.model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         emb = self.time_embed(emb.to(self.dtype))
-        conv_in, *blocks = self.input_blocks
-        h = conv_in[0](sample.to(self.dtype))
+        first, *blocks = self.input_blocks.children()
+        (conv_in,) = first.children()
+        h = conv_in(sample.to(self.dtype))
         maps = [h]
         for block in [*blocks, self.middle_block]:
-            for layer in block:
+            for layer in block.children():
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     h = self._gradient_checkpointing_func(layer, h, emb)
                 else:

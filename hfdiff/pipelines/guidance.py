@@ -1,7 +1,7 @@
 """Classifier guidance: the gradient g = w ∇ log p(y | x_t) and its two uses (Dhariwal & Nichol 2021, section 4).
 
-The mean shift (algorithm 1) moves a Gaussian step's mean by Σ g. The score shift (algorithm 2) moves the predicted noise
-by -√(1-ᾱ) g, since ∇ log p(x_t | y) = ∇ log p(x_t) + ∇ log p(y | x_t) and ε = -√(1-ᾱ) ∇ log p(x_t).
+The mean shift (algorithm 1) moves a Gaussian step's mean by Σ g. The score shift (algorithm 2) moves the predicted
+noise by -√(1-ᾱ) g, since ∇ log p(x_t | y) = ∇ log p(x_t) + ∇ log p(y | x_t) and ε = -√(1-ᾱ) ∇ log p(x_t).
 """
 
 from collections.abc import Callable

@@ -22,7 +22,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_num_inference_steps(steps: Any, num_train_timesteps: int) -> None:
     """Refuses a number of steps that is not an integer in [1, num_train_timesteps]."""
-    if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= steps <= num_train_timesteps:
+    if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= int(steps) <= num_train_timesteps:
         raise ValueError(
             f"`num_inference_steps` must be an integer from 1 to the {num_train_timesteps} timesteps of training, "
             f"got {steps!r}; choose a number in that range."
@@ -85,8 +85,7 @@ def check_latents(latents: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtyp
         )
     if latents.dtype not in dtypes:
         raise ValueError(
-            f"`latents` must have dtype {dtypes[0]}, got {latents.dtype}; convert them with "
-            f"`latents.to({dtypes[0]})`."
+            f"`latents` must have dtype {dtypes[0]}, got {latents.dtype}; convert them with `latents.to({dtypes[0]})`."
         )
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
@@ -29,6 +29,7 @@ from .inputs import (
     check_num_inference_steps,
     label_tensor,
 )
+from .optimization import optimize_module
 
 GUIDANCE_MODES = ("auto", "mean_shift", "score_shift")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -43,9 +44,9 @@ StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dic
 class ClassifierGuidedPipeline(DiffusionPipeline):
     """Samples p(x | y) ∝ p(x) p(y | x)^w with an unconditional diffusion model and a classifier of noisy images.
 
-    Each step uses g = w ∇ log p(y | x_t): it is added to the mean, as Σ g, where the scheduler's `step` takes `guidance`
-    (algorithm 1 of Dhariwal & Nichol 2021), otherwise to the predicted noise, as -√(1-ᾱ) g (algorithm 2), for any
-    diffusers scheduler of models that predict noise, x_0 or v. The two agree in the limit of small steps.
+    Each step uses g = w ∇ log p(y | x_t): as Σ g on the mean, where the scheduler's `step` takes `guidance` (Dhariwal &
+    Nichol 2021, algorithm 1), otherwise as -√(1-ᾱ) g on the predicted noise (algorithm 2), for any diffusers scheduler
+    of models that predict noise, x_0 or v. The two agree in the limit of small steps.
 
     Args:
         unet: predicts from (x_t, t), (B, C, H, W); a UNet with class embeddings is given the labels too, as the
@@ -58,12 +59,16 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         ValueError: when the classifier was made for other images or noise levels than the UNet and the scheduler.
     """
 
+    unet: Any
+    classifier: Any
+    scheduler: Any
+
     model_cpu_offload_seq = "unet->classifier"
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
         self, unet: ModelMixin, classifier: ModelMixin, scheduler: SchedulerMixin, default_guidance_scale: float = 1.0
-    ):
+    ) -> None:
         super().__init__()
         self.register_modules(unet=unet, classifier=classifier, scheduler=scheduler)
         self.register_to_config(default_guidance_scale=default_guidance_scale)
@@ -163,6 +168,16 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         images = self._to_images(latents, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def optimize(self) -> "ClassifierGuidedPipeline":
+        """Makes sampling faster on this machine, and returns the pipeline.
+
+        Both models are frozen and compiled, in bfloat16 where the hardware computes in it; the latents and the
+        scheduler stay in float32. The first call for each batch size compiles, which takes up to a minute.
+        """
+        for module in (self.unet, self.classifier):
+            optimize_module(module, self._device)
+        return self
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -292,7 +307,7 @@ def _scale_at(progress: float, guidance_scale: Any, batch_size: int) -> Scale:
 
 
 @contextmanager
-def _unclipped(scheduler: SchedulerMixin) -> Iterator[None]:
+def _unclipped(scheduler: Any) -> Iterator[None]:
     """Switches off a scheduler's own clipping of x_0."""
     clips = {name: True for name in OWN_CLIPS if _config(scheduler, name)}
     scheduler.register_to_config(**dict.fromkeys(clips, False))

@@ -39,7 +39,9 @@ def _cosine_alpha_bar(progress: Tensor) -> Tensor:
 
 def _laplace_alpha_bar(progress: Tensor) -> Tensor:
     distance = 0.5 - progress
-    snr = torch.exp(-0.5 * torch.copysign(torch.ones_like(distance), distance) * torch.log(1 - 2 * distance.abs() + 1e-6))
+    snr = torch.exp(
+        -0.5 * torch.copysign(torch.ones_like(distance), distance) * torch.log(1 - 2 * distance.abs() + 1e-6)
+    )
     return torch.sqrt(snr / (1 + snr))
 
 
@@ -57,9 +59,7 @@ BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
 }
 
 
-def make_betas(
-    schedule: str, num_train_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02
-) -> Tensor:
+def make_betas(schedule: str, num_train_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
     """The variances β_t of a named schedule.
 
     linear, quad, const, jsd, warmup10 and warmup50 are those of Ho et al. (2020); squaredcos_cap_v2 is the cosine
@@ -102,7 +102,7 @@ def _ddim_timesteps(num_train_timesteps: int, count: int) -> list[int]:
         if len(steps := range(0, num_train_timesteps, stride)) == count:
             return list(steps)
     raise ValueError(
-        f"`respacing` \"ddim{count}\" needs an integer stride that takes exactly {count} of {num_train_timesteps} "
+        f'`respacing` "ddim{count}" needs an integer stride that takes exactly {count} of {num_train_timesteps} '
         f'timesteps, and there is none; use "{count}" or another count.'
     )
 

@@ -4,9 +4,10 @@ Timesteps are indices of the trained chain; larger t is noisier and `timesteps` 
 float64 once per `set_timesteps` and read by `step`, which neither copies them from a device nor computes with them.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -104,7 +105,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         ValueError: for an unknown beta schedule, variance type, prediction type or spacing.
     """
 
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    _compatibles: ClassVar[list[str]] = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
     order = 1
 
     @register_to_config
@@ -125,7 +126,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
-    ):
+    ) -> None:
         _check_choice("variance_type", variance_type, VARIANCE_TYPES)
         _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
@@ -181,8 +182,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         elif respacing is not None:
             chain = space_timesteps(len(self), respacing)
         else:
-            chain = [int(t) for t in timesteps][::-1]
-        if not chain or chain[0] < 0 or chain[-1] >= len(self) or any(a >= b for a, b in zip(chain, chain[1:])):
+            chain = [int(t) for t in timesteps or ()][::-1]
+        if not chain or chain[0] < 0 or chain[-1] >= len(self) or any(a >= b for a, b in itertools.pairwise(chain)):
             raise ValueError(
                 f"`{names[0]}` must give descending timesteps between {len(self) - 1} and 0, got {chain[::-1]}; "
                 "check the order, `steps_offset` and the trained chain's length."
@@ -193,9 +194,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """Ascending timesteps by diffusers' three spacings."""
         total = len(self)
         if not 1 <= count <= total:
-            raise ValueError(
-                f"`num_inference_steps` must be between 1 and the {total} trained timesteps, got {count}."
-            )
+            raise ValueError(f"`num_inference_steps` must be between 1 and the {total} trained timesteps, got {count}.")
         if self.config.timestep_spacing == "linspace":
             return torch.linspace(0, total - 1, count, dtype=torch.float64).round().long().tolist()
         if self.config.timestep_spacing == "leading":
@@ -204,37 +203,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         return ((total - positions).round().long() - 1).flip(0).tolist()
 
     def _set_chain(self, chain: list[int], device: str | torch.device | None) -> None:
-        """Computes the reverse coefficients of an ascending chain of timesteps."""
-        alpha_bar = self.alphas_cumprod[chain]
-        steps = posterior(alpha_bar, torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]))
-        # OpenAI's value at the last step, where the posterior variance is 0: that of the step before it.
-        clipped = torch.cat([steps.variance[1:2], steps.variance[1:]]) if len(chain) > 1 else steps.variance
-        clipped = clipped.clamp(min=MIN_VARIANCE)
-        if self.config.variance_type.startswith("fixed_large"):
-            variance = torch.cat([clipped[:1], steps.beta[1:]])
-            log_variance = variance.log()
-        else:
-            variance, log_variance = steps.variance, clipped.log()
-        if self.config.prediction_type == "prev_sample":
-            xt_to_x0, output_to_x0 = -steps.on_xt / steps.on_x0, 1 / steps.on_x0
-        else:
-            xt_to_x0, output_to_x0 = x0_coefficients(self.config.prediction_type, alpha_bar)
-        is_noisy = torch.ones_like(alpha_bar)
-        is_noisy[0] = 0
-        coefficients = StepCoefficients(
-            xt_to_x0,
-            output_to_x0,
-            steps.on_x0,
-            steps.on_xt,
-            variance,
-            log_variance,
-            steps.variance,
-            clipped.log(),
-            steps.beta.log(),
-            is_noisy * torch.exp(0.5 * log_variance),
-            is_noisy,
-        )
-        rows = torch.stack(coefficients)
+        """Computes the coefficients of an ascending chain of timesteps."""
+        rows = self._chain_coefficients(self.alphas_cumprod[chain])
         self._by_timestep = {t: StepCoefficients(*row) for t, row in zip(chain, rows.T.tolist())}
         # The same numbers for timesteps in tensors; a timestep outside the chain reads NaN.
         self._table = rows.new_full((len(rows), len(self)), torch.nan)
@@ -242,6 +212,39 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         self._tables: dict[Any, Tensor] = {}
         self.num_inference_steps = len(chain)
         self.timesteps = torch.tensor(chain[::-1], device=device)
+
+    def _chain_coefficients(self, alpha_bar: Tensor) -> Tensor:
+        """A row for each of `StepCoefficients`, a column for each ᾱ of the ascending chain."""
+        steps = posterior(alpha_bar, torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]))
+        # OpenAI's value at the last step, where the posterior variance is 0: that of the step before it.
+        clipped = torch.cat([steps.variance[1:2], steps.variance[1:]]) if len(alpha_bar) > 1 else steps.variance
+        clipped = clipped.clamp(min=MIN_VARIANCE)
+        if self.config.variance_type.startswith("fixed_large"):
+            variance = torch.cat([clipped[:1], steps.beta[1:]])
+            log_variance = variance.log()
+        else:
+            variance, log_variance = steps.variance, clipped.log()
+        to_x0: tuple[float | Tensor, float | Tensor]
+        if self.config.prediction_type == "prev_sample":
+            to_x0 = (-steps.on_xt / steps.on_x0, 1 / steps.on_x0)
+        else:
+            to_x0 = x0_coefficients(self.config.prediction_type, alpha_bar)
+        is_noisy = torch.ones_like(alpha_bar)
+        is_noisy[0] = 0
+        coefficients = StepCoefficients(
+            xt_to_x0=to_x0[0],
+            output_to_x0=to_x0[1],
+            x0_to_mean=steps.on_x0,
+            xt_to_mean=steps.on_xt,
+            variance=variance,
+            log_variance=log_variance,
+            posterior_variance=steps.variance,
+            min_log_variance=clipped.log(),
+            max_log_variance=steps.beta.log(),
+            noise_scale=is_noisy * torch.exp(0.5 * log_variance),
+            is_noisy=is_noisy,
+        )
+        return torch.stack([torch.as_tensor(row) for row in coefficients])
 
     def _coefficients(self, timestep: int | Tensor, like: Tensor) -> StepCoefficients:
         """Floats for a timestep known on the host, tensors read on the device for any other."""
@@ -303,7 +306,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         c = self._coefficients(timestep, sample)
-        return c.x0_to_mean * x0 + c.xt_to_mean * sample, c.posterior_variance, c.min_log_variance
+        variance, log_variance = (torch.as_tensor(value) for value in (c.posterior_variance, c.min_log_variance))
+        return c.x0_to_mean * x0 + c.xt_to_mean * sample, variance, log_variance
 
     # --- the reverse process -----------------------------------------------------------------------------------------
 
@@ -359,7 +363,9 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         output, learned = self._split(model_output, sample)
         for name, tensor in (("variance_noise", variance_noise), ("guidance", guidance)):
             if tensor is not None and tensor.shape != sample.shape:
-                raise ValueError(f"`{name}` must have the sample's shape {tuple(sample.shape)}, got {tuple(tensor.shape)}.")
+                raise ValueError(
+                    f"`{name}` must have the sample's shape {tuple(sample.shape)}, got {tuple(tensor.shape)}."
+                )
         dtype = sample.dtype
         if dtype in (torch.float16, torch.bfloat16):
             sample, output = sample.float(), output.float()
