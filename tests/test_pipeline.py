@@ -5,6 +5,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from test_noisy_classifier import SMALL
 
 from hfdiff import ClassifierGuidedPipeline, DDPMScheduler, NoisyClassifier
 
@@ -18,14 +19,7 @@ SCHEDULERS = [
     DDPMScheduler,
 ]
 CLASSIFIER = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "num_classes": 3,
-    "model_channels": 16,
-    "channel_mult": (1, 2),
-    "attention_downsamples": (2,),
-    "num_head_channels": 16,
-    "norm_num_groups": 8,
+    **SMALL,
     "id2label": {0: "cat", 1: "dog", 2: "fox"},
     "noise_schedule": {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"},
 }
@@ -238,6 +232,22 @@ def test_half_precision_weights_work(pipe, tmp_path, dtype):
     images = run(half)
     assert images.dtype == torch.float32
     assert (images - run(pipe)).abs().mean() < 0.05
+
+
+def test_model_offloading_changes_nothing():
+    expected = run(make_pipeline())
+    pipe = make_pipeline()
+    pipe.enable_model_cpu_offload(device="cpu")  # the hooks, without an accelerator to move to
+    for _ in range(2):
+        assert torch.equal(run(pipe), expected)
+
+
+def test_optimized_pipeline_draws_the_same_images(monkeypatch):
+    """Without the compiler, which `make bench` runs: dtype and frozen weights."""
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    plain, fast = make_pipeline(), make_pipeline().optimize()
+    assert not any(parameter.requires_grad for parameter in fast.classifier.parameters())
+    assert (run(plain) - run(fast)).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,26 @@
+"""The README's Python runs as it stands, from the repository's root."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_example_runs(example, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_there_are_examples():
+    assert EXAMPLES
+
+
+def test_every_local_link_leads_somewhere():
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("training/*.md"), ROOT / "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
