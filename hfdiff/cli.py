@@ -122,9 +122,9 @@ def parser() -> argparse.ArgumentParser:
     )
     show.add_argument("--output", type=Path, default=Path("out/guided.png"), help="where the picture goes")
 
-    for subparser in (command, show):
+    for subparser, seed in ((command, 0), (show, 100)):
         subparser.add_argument("--steps", type=int, default=50, help="model calls per image")
-        subparser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next has the next")
+        subparser.add_argument("--seed", type=int, default=seed, help="seed of the first image; the next has the next")
     return root
 
 

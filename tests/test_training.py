@@ -304,9 +304,8 @@ def test_a_dry_run_of_each_recipe_prints_a_recipe_of_the_same_run(
 ) -> None:
     name, settings = ("train_ddpm", "DDPMSettings") if "ddpm" in recipe else ("train_classifier", "ClassifierSettings")
     script = load_script(name)
-    flags = ["--config", str(TRAINING / "recipes" / recipe), "--diffusion_model", "folder"][
-        : 2 if "ddpm" in recipe else 4
-    ]
+    guide = ["--diffusion_model", "folder"] if "classifier" in recipe else []
+    flags = ["--config", str(TRAINING / "recipes" / recipe), *guide]
     with pytest.raises(SystemExit, match="0"):
         script.main([*flags, "--dry_run"])
     printed = tmp_path / "printed.yaml"
