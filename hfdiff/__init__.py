@@ -1,4 +1,4 @@
-"""hfdiff: DDPM, NCSN and classifier-guided diffusion for the Hugging Face ecosystem."""
+"""hfdiff: DDPM and classifier-guided diffusion for the Hugging Face ecosystem."""
 
 from .models.noisy_classifier import NoisyClassifier
 from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from .gaussian import clip_x0_, from_x0, to_x0
+from .gaussian import clip_x0_, convert, from_x0, to_x0
 from .guidance import classifier_gradient, shift_epsilon
 from .inputs import (
     Labels,
@@ -197,9 +197,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         kind = self.scheduler.config.prediction_type
         x0 = clip_x0_(to_x0(output, xt, alpha_bar, kind), self.scheduler.config)
         eps = shift_epsilon(from_x0(x0, xt, alpha_bar, "epsilon"), alpha_bar, gradient)
-        if kind != "epsilon":
-            eps = from_x0(to_x0(eps, xt, alpha_bar, "epsilon"), xt, alpha_bar, kind)
-        return torch.cat([eps, variance], dim=1)
+        return torch.cat([convert(eps, xt, alpha_bar, "epsilon", kind), variance], dim=1)
 
     def _alpha_bar(self, index: int, timestep: Tensor) -> float:
         """ᾱ of what the model is given at a step.
