@@ -1,11 +1,15 @@
+import pickle
+
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import BaseOutput
+from torch.utils._pytree import tree_map
 
 from hfdiff import DDPMScheduler
 from hfdiff.schedulers.gaussian import posterior
-from hfdiff.schedulers.scheduling_ddpm import VARIANCE_TYPES
+from hfdiff.schedulers.scheduling_ddpm import VARIANCE_TYPES, DDPMSchedulerOutput
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # OpenAI's names and ours
 PREDICTIONS = {"EPSILON": "epsilon", "START_X": "sample", "PREVIOUS_X": "prev_sample"}
@@ -238,3 +242,17 @@ def test_wrong_tensors_are_refused():
     for name in ("variance_type", "prediction_type", "timestep_spacing", "beta_schedule"):
         with pytest.raises(ValueError, match=name):
             DDPMScheduler(**{name: "wrong"})
+
+
+def test_the_output_of_a_step_is_a_base_output_in_every_way() -> None:
+    first, second = torch.zeros(2), torch.ones(2)
+    output = DDPMSchedulerOutput(first, pred_original_sample=second)
+    assert isinstance(output, BaseOutput)
+    assert list(output) == ["prev_sample", "pred_original_sample"]
+    assert output["prev_sample"] is output.prev_sample is output[0] is output.to_tuple()[0] is first
+    assert len(DDPMSchedulerOutput(first)) == 1  # as in every BaseOutput, None is no item
+    output.prev_sample = second
+    assert output[0] is second
+    for copied in (pickle.loads(pickle.dumps(output)), tree_map(torch.clone, output)):
+        assert isinstance(copied, DDPMSchedulerOutput)
+        torch.testing.assert_close(dict(copied), dict(output))

@@ -5,6 +5,7 @@ float64 once per `set_timesteps` and read by `step`, which neither copies them f
 """
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -53,6 +54,12 @@ class DDPMSchedulerOutput(BaseOutput):
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # BaseOutput's own finds the fields anew and takes 9 of the 150 µs of a step of 16×1×32².
+        for name, value in vars(self).items():
+            if value is not None:
+                OrderedDict.__setitem__(self, name, value)
 
 
 @dataclass
