@@ -1,7 +1,17 @@
-"""hfdiff: DDPM and classifier-guided diffusion for the Hugging Face ecosystem."""
+"""hfdiff: DDPM, NCSN and classifier-guided diffusion for the Hugging Face ecosystem."""
 
+from .models.ncsn import NCSNModel
+from .models.ncsnv2 import NCSNv2Model
 from .models.noisy_classifier import NoisyClassifier
 from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from .schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .schedulers.scheduling_ddpm import DDPMScheduler
 
-__all__ = ["ClassifierGuidedPipeline", "DDPMScheduler", "NoisyClassifier"]
+__all__ = [
+    "AnnealedLangevinScheduler",
+    "ClassifierGuidedPipeline",
+    "DDPMScheduler",
+    "NCSNModel",
+    "NCSNv2Model",
+    "NoisyClassifier",
+]

@@ -1,6 +1,7 @@
-"""Noise levels as pure functions: β schedules and the respacing of a chain. Larger t is noisier; all in float64.
+"""Noise levels as pure functions: β schedules, the respacing of a chain, σ schedules. Larger t is noisier; float64.
 
-A schedule is a vector β_0..β_{T-1}; α_t = 1 - β_t and ᾱ_t = ∏_{s≤t} α_s (Ho et al. 2020, section 2).
+A β schedule is a vector β_0..β_{T-1}; α_t = 1 - β_t and ᾱ_t = ∏_{s≤t} α_s (Ho et al. 2020, section 2). A σ schedule is
+the standard deviations σ_0 < ... < σ_{L-1} of x_t = x_0 + σ_t ε (Song & Ermon 2019).
 """
 
 import math
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 MAX_BETA = 0.999  # the cap of Nichol & Dhariwal (2021), section 3.2
+BISECTIONS = 100  # to the last bit of a float64
 
 
 def _between(num_train_timesteps: int, start: float, end: float) -> Tensor:
@@ -148,3 +150,84 @@ def space_timesteps(num_train_timesteps: int, spec: str | Sequence[int]) -> list
             position += stride
         start += length
     return kept
+
+
+# --- σ schedules of score networks -----------------------------------------------------------------------------------
+
+
+def geometric_sigmas(sigma_min: float, sigma_max: float, num_levels: int) -> Tensor:
+    """Noise levels σ_0 = σ_min < ... < σ_{L-1} = σ_max with a constant ratio (Song & Ermon 2019, section 4.2).
+
+    Args:
+        sigma_min: the smallest standard deviation, in data units.
+        sigma_max: the largest.
+        num_levels: L.
+
+    Returns:
+        (L,), float64, ascending.
+
+    Raises:
+        ValueError: when not 0 < σ_min < σ_max, or L < 2.
+    """
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(
+            f"`sigma_min` and `sigma_max` must satisfy 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}; "
+            "swap or change them."
+        )
+    if num_levels < 2:
+        raise ValueError(f"`num_levels` must be at least 2, one for each end, got {num_levels}.")
+    return torch.exp(_between(num_levels, math.log(sigma_min), math.log(sigma_max)))
+
+
+def ncsnv2_num_levels(sigma_min: float, sigma_max: float, dim: int) -> int:
+    """How many levels keep each within reach of the next (Song & Ermon 2020, technique 2).
+
+    In D dimensions the images of level σ lie near a sphere of radius √D σ, of which Langevin dynamics at the level
+    below, γ times smaller, must see enough: Φ(√(2D) (γ - 1) + 3γ) - Φ(√(2D) (γ - 1) - 3γ) ≈ 0.5.
+
+    Args:
+        sigma_min: the smallest standard deviation.
+        sigma_max: the largest.
+        dim: D, elements of an image.
+
+    Returns:
+        L of the geometric schedule with that γ, rounded up.
+    """
+    geometric_sigmas(sigma_min, sigma_max, 2)  # checks the ends
+
+    def overlap(ratio: float) -> float:
+        centre, width = math.sqrt(2 * dim) * (ratio - 1), 3 * ratio
+        return 0.5 * (math.erf((centre + width) / math.sqrt(2)) - math.erf((centre - width) / math.sqrt(2)))
+
+    low, high = 1.0, 8.0  # the overlap falls from 0.997 to under 0.5 for any D
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if overlap(middle) > 0.5 else (low, middle)
+    return max(2, 1 + math.ceil(math.log(sigma_max / sigma_min) / math.log(low)))
+
+
+def solve_step_size(sigmas: Tensor, steps_per_level: int) -> float:
+    """The step size that leaves the variance of each level closest to its σ² (Song & Ermon 2020, technique 4).
+
+    T steps of Langevin dynamics with r = step_size/σ_min² on N(0, σ²), from the level before, γ times larger, end at
+    the variance ((1-r)^{2T} (γ² - v) + v) σ² with v = 2/(2-r); r minimises its distance from σ².
+
+    Args:
+        sigmas: the levels sampled, ascending or descending, (L,); γ is their mean ratio.
+        steps_per_level: T.
+
+    Returns:
+        α at the smallest level, r σ_min².
+    """
+    smallest, largest = float(sigmas.min()), float(sigmas.max())
+    ratio = (largest / smallest) ** (1 / max(1, len(sigmas) - 1))
+
+    def excess(r: float) -> float:
+        stationary = 2 / (2 - r)
+        return (1 - r) ** (2 * steps_per_level) * (ratio**2 - stationary) + stationary
+
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):  # thirds: the excess falls, then rises
+        first, second = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, second) if excess(first) < excess(second) else (first, high)
+    return (low + high) / 2 * smallest**2

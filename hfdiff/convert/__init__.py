@@ -1,0 +1,1 @@
+"""Converters of the original authors' checkpoints."""
