@@ -1,0 +1,1 @@
+"""The larger commands of `hfdiff`, one per file."""

@@ -1,0 +1,99 @@
+"""Results that say what they are of: numbers with N, features, weights, settings and versions."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("hfdiff", "torch", "diffusers", "transformers", "datasets", "numpy", "pillow", "torch-fidelity")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a number may depend on, where they are installed."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of an evaluation.
+
+    Args:
+        metrics: value of each metric.
+        spread: standard deviation over splits or subsets, of those that have some.
+        samples: source, number and shape of the generated images.
+        reference: source and number of the real images, and whether they or cached statistics were used.
+        features: name, weights, resize and width of what was compared.
+        settings: of the metrics, with the seed.
+        warnings: what makes a number hard to compare.
+        versions: of the packages.
+    """
+
+    metrics: dict[str, float]
+    spread: dict[str, float]
+    samples: dict[str, Any]
+    reference: dict[str, Any]
+    features: dict[str, Any]
+    settings: dict[str, Any]
+    warnings: list[str]
+    versions: dict[str, str] = field(default_factory=package_versions)
+
+    def to_json(self) -> str:
+        """Everything, as JSON."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    def to_table(self) -> str:
+        """The metrics, a line each, for the terminal."""
+        rows = self._rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+    def to_markdown(self) -> str:
+        """Everything, as a table of metrics and one of what they are of."""
+        lines = ["| metric | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in self._rows())]
+        lines += ["", "| | |", "|---|---|"]
+        for part in ("samples", "reference", "features", "settings", "versions"):
+            entries = ", ".join(f"{key} {_show(value)}" for key, value in getattr(self, part).items())
+            lines.append(f"| {part} | {entries} |")
+        lines += ["", *(f"Note: {text}" for text in self.warnings)] if self.warnings else []
+        return "\n".join(lines) + "\n"
+
+    def write(self, path: str | Path) -> None:
+        """Writes JSON or Markdown, by the suffix.
+
+        Raises:
+            ValueError: for another suffix than .json or .md.
+        """
+        path = check_report_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json() if path.suffix == ".json" else self.to_markdown(), encoding="utf-8")
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = []
+        for name, value in self.metrics.items():
+            spread = f" ± {self.spread[name]:.4g}" if name in self.spread else ""
+            rows.append((name, f"{value:.6g}{spread}"))
+        return rows
+
+
+def check_report_path(path: str | Path) -> Path:
+    """The path of a report, if its suffix says how to write it.
+
+    Raises:
+        ValueError: for another suffix than .json or .md.
+    """
+    path = Path(path)
+    if path.suffix not in (".json", ".md"):
+        raise ValueError(f"`output` of a report must end in .json or .md, got {path.name!r}.")
+    return path
+
+
+def _show(value: Any) -> str:
+    return "unknown" if value is None else json.dumps(value) if isinstance(value, dict) else str(value)
