@@ -56,8 +56,8 @@ def main() -> None:
 
     images = torch.from_numpy(draw(pipe, labels.tolist(), args.seed, args.scale, args.steps)).permute(0, 3, 1, 2)
     features, seen = judge_images(judge, images / 127.5 - 1)
-    real, _ = judge_images(judge, load_images(args.test_data, split="test").images)
-    train = load_images(args.train_data, split="train").images
+    real, _ = judge_images(judge, load_images(args.test_data, split="test").images[:])
+    train = load_images(args.train_data, split="train").images[:]
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))[: len(labels)]
     baseline, _ = judge_images(judge, train[chosen])
 

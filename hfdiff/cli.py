@@ -1,4 +1,4 @@
-"""The `hfdiff` command: `sample` draws from a pipeline, `demo` shows the bundled one."""
+"""The `hfdiff` command: `sample` draws from a pipeline, `demo` shows the bundled one; `commands` holds the others."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import torch
 
+from .commands import bits_per_dim, evaluate
 from .images import image_grid, to_bytes
 from .models.noisy_classifier import NoisyClassifier
 from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
@@ -125,6 +126,9 @@ def parser() -> argparse.ArgumentParser:
     for subparser, seed in ((command, 0), (show, 100)):
         subparser.add_argument("--steps", type=int, default=50, help="model calls per image")
         subparser.add_argument("--seed", type=int, default=seed, help="seed of the first image; the next has the next")
+
+    bits_per_dim.add_parser(commands)
+    evaluate.add_parser(commands)
     return root
 
 

@@ -1,5 +1,44 @@
-"""Measures of generated images."""
+"""Measures of models and of generated images."""
 
-from .metrics import frechet_distance
+from .bits_per_dim import BitsPerDim, bits_per_dim, spread_timesteps
+from .evaluate import EvaluationSettings, evaluate
+from .feature_set import Reference, compute_statistics, open_reference
+from .features import ImageFeatures, ModuleFeatures, load_features
+from .inception_score import inception_score
+from .kernel_distance import kernel_inception_distance
+from .metrics import frechet_distance, frechet_distance_infinity
+from .noise_levels import NoiseBucket, evaluate_noise_levels, expected_calibration_error
+from .precision_recall import PrecisionRecall, precision_recall
+from .sources import ImageSource, images_in_memory, open_images
+from .statistics import FeatureStatistics, RunningStatistics, feature_statistics, load_statistics, save_statistics
 
-__all__ = ["frechet_distance"]
+__all__ = [
+    "BitsPerDim",
+    "EvaluationSettings",
+    "FeatureStatistics",
+    "ImageFeatures",
+    "ImageSource",
+    "ModuleFeatures",
+    "NoiseBucket",
+    "PrecisionRecall",
+    "Reference",
+    "RunningStatistics",
+    "bits_per_dim",
+    "compute_statistics",
+    "evaluate",
+    "evaluate_noise_levels",
+    "expected_calibration_error",
+    "feature_statistics",
+    "frechet_distance",
+    "frechet_distance_infinity",
+    "images_in_memory",
+    "inception_score",
+    "kernel_inception_distance",
+    "load_features",
+    "load_statistics",
+    "open_images",
+    "open_reference",
+    "precision_recall",
+    "save_statistics",
+    "spread_timesteps",
+]

@@ -3,6 +3,6 @@
 The losses are pure functions and stand alone; `config`, `data` and `loop` serve the scripts in `training/`.
 """
 
-from .losses import classification_loss, ddpm_loss, guided_denoising_loss
+from .losses import classification_loss, ddpm_loss, ddpm_losses, guided_denoising_loss
 
-__all__ = ["classification_loss", "ddpm_loss", "guided_denoising_loss"]
+__all__ = ["classification_loss", "ddpm_loss", "ddpm_losses", "guided_denoising_loss"]

@@ -7,7 +7,7 @@ a key of the recipe, under diffusers' name where its example scripts have one; i
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentParser
@@ -23,16 +23,23 @@ class TrainingSettings:
     """What every training script needs to know.
 
     Args:
-        dataset_name: a Hub id, a local parquet file, a local folder, or "digits", scikit-learn's 8x8 digits, which need
-            no network and are the default.
+        dataset_name: a Hub id, a local parquet or arrow file, a local folder, or "digits", scikit-learn's 8x8 digits,
+            which need no network and are the default.
+        dataset_config_name: the dataset's configuration, where it has several.
         train_data_dir: a local folder of parquet files, or of images in one folder per class; instead of dataset_name.
+        validation_data: a dataset, as dataset_name, whose split "test", or the whole file, is measured on; default: the
+            digits' own for the digits, otherwise none.
         image_column: the dataset's column of images.
-        resolution: height and width to resize to, after a centred crop to a square; default: the images' own.
+        resolution: resize the images' shorter side to this, then crop a square; default: the images' own size.
+        center_crop: crop that square from the image's centre; without it, from another place in each batch.
+        random_flip: mirror images left and right, every second time.
+        streaming: decode images for each batch instead of once into memory; default: where they take over 2 GiB.
         output_dir: where checkpoints, `log.jsonl` and the trained model go.
         seed: seed of the weights and of every batch.
         train_batch_size: images per process and backward pass.
         gradient_accumulation_steps: backward passes per training step.
         max_train_steps: training steps, that is, updates of the weights.
+        num_epochs: passes over the dataset, instead of max_train_steps.
         learning_rate: the peak, after the warmup.
         lr_scheduler: course of the learning rate from there to the last step.
         lr_warmup_steps: training steps over which the learning rate rises from 0.
@@ -41,20 +48,51 @@ class TrainingSettings:
         use_ema: keep an exponential moving average of the weights, and save that at the end.
         ema_decay: its decay per training step, approached as (1 + n) / (10 + n) in the first n steps.
         mixed_precision: the precision of the forward pass (quote "no" in YAML); default: accelerate's configuration.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         checkpointing_steps: training steps between two checkpoints; there is one at the end, too.
+        checkpoints_total_limit: checkpoints to keep, the newest; default: all.
         resume_from_checkpoint: "latest", or the name of a checkpoint in output_dir; without any, "latest" begins anew.
         logging_steps: training steps between two lines of `log.jsonl`.
+        validation_steps: training steps between two validations; there is one at the end, too.
+        report_to: a tracker of accelerate's, such as "tensorboard", which writes to `logs` in output_dir and is the
+            default where it is installed, or "none".
+        push_to_hub: publish the result on the Hub.
+        hub_model_id: the repository to publish it in; default: named like output_dir.
     """
 
+    # What a resumed run may give anew: nothing of it reaches the weights.
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {
+            "validation_data",
+            "streaming",
+            "output_dir",
+            "gradient_checkpointing",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "resume_from_checkpoint",
+            "logging_steps",
+            "validation_steps",
+            "report_to",
+            "push_to_hub",
+            "hub_model_id",
+        }
+    )
+
     dataset_name: str | None = None
+    dataset_config_name: str | None = None
     train_data_dir: str | None = None
+    validation_data: str | None = None
     image_column: str = "image"
     resolution: PositiveInt | None = None
+    center_crop: bool = True
+    random_flip: bool = False
+    streaming: bool | None = None
     output_dir: str = "output"
     seed: NonNegativeInt = 0
     train_batch_size: PositiveInt = 64
     gradient_accumulation_steps: PositiveInt = 1
     max_train_steps: PositiveInt = 2000
+    num_epochs: PositiveInt | None = None
     learning_rate: PositiveFloat = 1e-3
     lr_scheduler: LearningRateSchedule = "cosine"
     lr_warmup_steps: NonNegativeInt = 100
@@ -63,9 +101,15 @@ class TrainingSettings:
     use_ema: bool = True
     ema_decay: ClosedUnitInterval = 0.999
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    gradient_checkpointing: bool = False
     checkpointing_steps: PositiveInt = 500
+    checkpoints_total_limit: PositiveInt | None = None
     resume_from_checkpoint: str | None = None
     logging_steps: PositiveInt = 50
+    validation_steps: PositiveInt | None = None
+    report_to: str | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
 
     def __post_init__(self) -> None:
         if self.dataset_name and self.train_data_dir:
@@ -73,6 +117,8 @@ class TrainingSettings:
                 f"Expected one of `dataset_name` and `train_data_dir`, got {self.dataset_name!r} and "
                 f"{self.train_data_dir!r}; leave one out."
             )
+        if not self.center_crop and self.resolution is None:
+            raise ValueError("`center_crop` can be off only with a `resolution` to crop to, got none; give one.")
 
     @property
     def dataset(self) -> str:
@@ -102,13 +148,23 @@ def parse_settings(cls: type[Settings], argv: Sequence[str] | None = None, descr
     values.pop("config")
     dry_run = values.pop("dry_run")
     try:
-        settings = cls(**values.as_dict())
+        settings = cls(**_plain(values.as_dict()))
     except ValueError as error:
         parser.error(str(error))
     if dry_run:
         print(parser.dump(values, skip_unset=False), end="")
         parser.exit()
     return settings
+
+
+def _plain(value: Any) -> Any:
+    """A parsed value without jsonargparse's subclasses of numbers, which checkpoints could not hold."""
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_plain(entry) for entry in value)
+    kinds = [kind for kind in (bool, int, float) if isinstance(value, kind)]
+    return kinds[0](value) if kinds else value
 
 
 def _make_parser(cls: type[TrainingSettings], description: str) -> ArgumentParser:

@@ -1,111 +1,236 @@
-"""The training loop both scripts share: accumulation, clipping, moving average, checkpoints and the log.
+"""The training loop both scripts share: accumulation, clipping, moving average, checkpoints, validation and the log.
 
 A run is a function of its settings and the number of the step. Batches are numbered, and the global random state, which
-dropout uses, is seeded for each, so a run resumed from a checkpoint ends with the weights of an uninterrupted one.
+dropout uses, is seeded for each, so a run resumed from a checkpoint ends with the weights of an uninterrupted one. A
+batch belongs to all processes, each of which takes its rows of it, so their number does not change what is learned.
 """
 
 import json
 import math
-import re
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from tqdm.auto import tqdm
 
+from .checkpoints import (
+    check_same_run,
+    checkpoint_step,
+    choose_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from .config import TrainingSettings
 from .data import Batch, derive_seed
-
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+from .files import remove_leftovers
+from .log import TrainingLog, choose_tracker
+from .process import StopRequest, keep_freed_memory, on_main
+from .state import Stateful, TrainingState
 
 Batches = Callable[[int], Batch]
 Loss = Callable[[nn.Module, Batch], Tensor]
+Monitor = Callable[[int], dict[str, float]]
+
+CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
-    """The device, processes and precision of a run; also seeds the initial weights."""
+    """The device, processes, precision and tracker of a run; also seeds the initial weights.
+
+    Raises:
+        ValueError: when the tracker asked for is not installed.
+    """
+    keep_freed_memory()
+    tracker = choose_tracker(settings.report_to)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without this, accelerate's processes on CPUs do not meet
         mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation_steps),
         step_scheduler_with_optimizer=False,  # the loop steps it, once per training step for any number of processes
+        log_with=tracker,
+        project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir, "logs"))),
     )
+    if tracker is None and settings.report_to is None:
+        accelerator.print("Without tensorboard, only log.jsonl is written; `pip install tensorboard` for curves.")
     torch.manual_seed(settings.seed)
     return accelerator
 
 
-def train(settings: TrainingSettings, accelerator: Accelerator, model: nn.Module, batches: Batches, loss: Loss) -> None:
+def train(
+    settings: TrainingSettings,
+    accelerator: Accelerator,
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    *,
+    stateful: Sequence[Stateful] = (),
+    monitor: Monitor | None = None,
+) -> None:
     """Trains a model in place up to `max_train_steps`, from a checkpoint where the settings name one.
 
     Leaves the model in evaluation mode with the weights to publish: their moving average where `use_ema` is set.
+    SIGTERM and Ctrl-C end the process after a checkpoint at the end of the step.
 
     Args:
         settings: of the run.
         accelerator: from [`make_accelerator`].
         model: the model.
-        batches: gives batch n, for n from 0.
+        batches: gives batch n, for n from 0: `train_batch_size` images for each process, in the processes' order. With
+            `num_epochs`, `len(batches)` is the number of batches in an epoch.
         loss: maps the model, perhaps wrapped for its device, and a batch to a scalar.
+        stateful: further objects that checkpoints hold.
+        monitor: measures the model as it would be published after a training step, every `validation_steps` and at the
+            last; called on every process, without gradients and with a random state of its own.
 
     Raises:
-        ValueError: when the checkpoint is not there, or the output folder has checkpoints and none is to be resumed.
-        FloatingPointError: when the loss is no longer finite.
+        ValueError: when the output folder has checkpoints and none is to be resumed, or when the one to resume is not
+            there, is damaged or is of another run.
+        FloatingPointError: when the loss or a weight is no longer finite.
+        OSError: when a checkpoint cannot be written.
     """
-    folder = Path(settings.output_dir)
-    checkpoint = find_checkpoint(folder, settings.resume_from_checkpoint)
+    settings = count_steps(settings, batches)
+    folder, run = Path(settings.output_dir), describe(settings, accelerator)
+    checkpoint = on_main(accelerator, lambda: open_folder(folder, settings, run))
     start = checkpoint_step(checkpoint) if checkpoint else 0
-    model.to(accelerator.device).train()
-    average = EMAModel(model.parameters(), decay=settings.ema_decay, foreach=True) if settings.use_ema else None
-    wrapped, optimizer, lr_scheduler = accelerator.prepare(model, *make_optimizer(settings, model))
-    if average:
-        accelerator.register_for_checkpointing(average)
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    log = TrainingLog(settings, accelerator)
+    state = TrainingState(settings, accelerator, model, [log, *stateful])
     if checkpoint:
-        accelerator.load_state(str(checkpoint))
-        if average:
-            average.to(accelerator.device)
-
-    with TrainingLog(folder, settings, start, silent=not accelerator.is_main_process) as log:
+        state.restore(on_main(accelerator, lambda: read_checkpoint(checkpoint)), start)
+    on_main(accelerator, lambda: remove_leftovers(folder))
+    signum = 0
+    with StopRequest(accelerator) as request, log.running(start):
         for step in range(start + 1, settings.max_train_steps + 1):
-            lr = lr_scheduler.get_last_lr()[0]
+            lr = state.lr_scheduler.get_last_lr()[0]
             own = step_batches(step, settings, accelerator, batches)
-            log.add(step, update(accelerator, wrapped, optimizer, loss, own, settings.max_grad_norm), lr)
-            lr_scheduler.step()
-            if average:
-                average.step(model.parameters())
-            if step % settings.checkpointing_steps == 0 or step == settings.max_train_steps:
-                save_checkpoint(accelerator, folder / f"checkpoint-{step}")
-    if average:
-        average.copy_to(model.parameters())
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()
+            value = update(accelerator, state.model, state.optimizer, loss, own, settings.max_grad_norm)
+            state.advance()
+            log.add(step, value, lr)
+            if monitor and is_due(step, settings.validation_steps, settings):
+                log.validation(step, measure(monitor, step, settings, state))
+            signum = request.agreed()
+            if signum or is_due(step, settings.checkpointing_steps, settings):
+                save(step, settings, run, state, log)
+            if signum:
+                break
+    if signum:
+        request.stop(signum, step)
+    state.publish()
 
 
-def make_optimizer(settings: TrainingSettings, model: nn.Module) -> tuple[Optimizer, LRScheduler]:
-    """AdamW (Loshchilov & Hutter 2019) and the course of its learning rate, counted in training steps."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.adam_weight_decay, fused=True
-    )
-    schedule = get_scheduler(
-        settings.lr_scheduler,
-        optimizer,
-        num_warmup_steps=settings.lr_warmup_steps,
-        num_training_steps=settings.max_train_steps,
-    )
-    return optimizer, schedule
+def count_steps(settings: TrainingSettings, batches: Batches) -> TrainingSettings:
+    """The same settings with `max_train_steps` in the place of `num_epochs`."""
+    if settings.num_epochs is None:
+        return settings
+    epoch = len(batches)  # type: ignore[arg-type]
+    steps = math.ceil(settings.num_epochs * epoch / settings.gradient_accumulation_steps)
+    return replace(settings, max_train_steps=steps, num_epochs=None)
+
+
+def describe(settings: TrainingSettings, accelerator: Accelerator) -> dict[str, Any]:
+    """What makes a run that run, as JSON values: its script, settings, processes and precision."""
+    run = {
+        **asdict(settings),
+        "script": type(settings).__name__,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    return json.loads(json.dumps(run))
+
+
+def open_folder(folder: Path, settings: TrainingSettings, run: dict[str, Any]) -> Path | None:
+    """The checkpoint to resume from, if any, after making sure that it is of this run.
+
+    Raises:
+        ValueError: as [`choose_checkpoint`], or when it is of another run.
+    """
+    checkpoint = choose_checkpoint(folder, settings.resume_from_checkpoint)
+    if checkpoint:
+        done, constant = checkpoint_step(checkpoint), settings.lr_scheduler in CONSTANT_SCHEDULES
+        grows = {"max_train_steps"} if constant and settings.max_train_steps >= done else set()
+        check_same_run(checkpoint, run, settings.may_change | grows)
+    return checkpoint
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Has a model recompute activations in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: when it cannot.
+    """
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"`gradient_checkpointing` must be off for a model that has none, got {type(model).__name__}; leave it out."
+        )
+    model.enable_gradient_checkpointing()  # type: ignore[operator]
+
+
+def is_due(step: int, every: int | None, settings: TrainingSettings) -> bool:
+    """Whether something happens after a step: every so many, if given, and after the last."""
+    return step == settings.max_train_steps or (every is not None and step % every == 0)
+
+
+def save(step: int, settings: TrainingSettings, run: dict[str, Any], state: TrainingState, log: TrainingLog) -> None:
+    """Writes a checkpoint of the state after a step; all processes must ask."""
+    log.read(step)
+    log.sync()
+    snapshot = state.snapshot()
+    folder, limit = Path(settings.output_dir), settings.checkpoints_total_limit
+    on_main(state.accelerator, lambda: write_checkpoint(folder, step, snapshot, run, limit))
+
+
+def measure(monitor: Monitor, step: int, settings: TrainingSettings, state: TrainingState) -> dict[str, float]:
+    """The monitor's numbers of the model as it would be published; its random state depends on the step alone."""
+    devices = [state.accelerator.device] if state.accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), state.published(), torch.no_grad():
+        torch.manual_seed(derive_seed(settings.seed, "monitor", step))
+        return monitor(step)
 
 
 def step_batches(step: int, settings: TrainingSettings, accelerator: Accelerator, batches: Batches) -> Iterator[Batch]:
-    """This process's batches of a training step (from 1); before each it seeds the global random state, for dropout."""
+    """This process's rows of a training step's batches (from 1); before each it seeds the global state, for dropout."""
     for index in range(settings.gradient_accumulation_steps):
-        common = (step - 1) * settings.gradient_accumulation_steps + index
-        number = common * accelerator.num_processes + accelerator.process_index
-        torch.manual_seed(derive_seed(settings.seed, "dropout", number))
-        yield batches(number).to(accelerator.device)
+        number = (step - 1) * settings.gradient_accumulation_steps + index
+        batch = batches(number)
+        torch.manual_seed(
+            derive_seed(settings.seed, "dropout", number * accelerator.num_processes + accelerator.process_index)
+        )
+        yield own_rows(batch, accelerator)
+
+
+def own_rows(batch: Batch, accelerator: Accelerator) -> Batch:
+    """This process's rows of a batch, on its device, without waiting for that.
+
+    Raises:
+        ValueError: when the batch has not the same number of rows for each process.
+    """
+    size, rest = divmod(len(batch.x0), accelerator.num_processes)
+    if rest:
+        raise ValueError(
+            f"A batch must have as many images for each of the {accelerator.num_processes} processes, got "
+            f"{len(batch.x0)} in all; make it of `train_batch_size` times the processes."
+        )
+    rows = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+
+    return batch._replace(
+        **{
+            name: _move(values[rows], accelerator.device)
+            for name, values in batch._asdict().items()
+            if values is not None
+        }
+    )
+
+
+def _move(values: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def update(
@@ -128,100 +253,3 @@ def update(
             optimizer.zero_grad()
         values.append(value.detach())
     return torch.stack(values).mean()
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
-    """Writes the state of a run; the folder has its name only once it is complete."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-
-
-def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
-    """The checkpoint to resume from, or None for a run from the start.
-
-    Args:
-        output_dir: the run's folder.
-        name: None, "latest", which may find none, or a checkpoint's name.
-
-    Raises:
-        ValueError: when the checkpoint named is not there, or there are some and none is named.
-    """
-    found = {path.name: path for path in output_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)}
-    if name == "latest":
-        return max(found.values(), key=checkpoint_step, default=None)
-    if name is None and found:
-        raise ValueError(
-            f"`output_dir` must hold no checkpoints of an earlier run, got {sorted(found)} in {str(output_dir)!r}; "
-            "pass `--resume_from_checkpoint latest`, or another folder."
-        )
-    if name is not None and name not in found:
-        raise ValueError(
-            f'`resume_from_checkpoint` must be "latest" or one of {sorted(found)} in {str(output_dir)!r}, got {name!r}.'
-        )
-    return found[name] if name else None
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """Training steps done at a checkpoint."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-# --- the log ---------------------------------------------------------------------------------------------------------
-
-
-class TrainingLog:
-    """`log.jsonl` and a progress bar: every `logging_steps`, the mean loss since the line before and the learning rate.
-
-    Args:
-        folder: the run's folder.
-        settings: of the run.
-        start: training steps done already; later lines of an earlier run are dropped.
-        silent: write and show nothing, on all processes but one.
-    """
-
-    def __init__(self, folder: Path, settings: TrainingSettings, start: int, *, silent: bool = False) -> None:
-        self.every = settings.logging_steps
-        self.images_per_step = settings.train_batch_size * settings.gradient_accumulation_steps
-        self.path = None if silent else folder / "log.jsonl"
-        self.bar = tqdm(total=settings.max_train_steps, initial=start, unit="step", disable=silent)
-        self.values: list[Tensor] = []
-        self.since = time.perf_counter()
-        if self.path:
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
-
-    def add(self, step: int, loss: Tensor, lr: float) -> None:
-        """Takes note of a training step (from 1)."""
-        self.values.append(loss)
-        self.bar.update()
-        if step % self.every:
-            return
-        mean = torch.stack(self.values).mean().item()  # the only wait for the device
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"The loss must stay finite, got {mean} by step {step}; resume from the last good checkpoint with "
-                "a lower `learning_rate` or another `mixed_precision`."
-            )
-        rate = len(self.values) * self.images_per_step / (time.perf_counter() - self.since)
-        self.bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{rate:.0f}")
-        if self.path:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, "loss": mean, "lr": lr}) + "\n")
-        self.values, self.since = [], time.perf_counter()
-
-    def __enter__(self) -> "TrainingLog":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()

@@ -1,11 +1,13 @@
 """Training losses, as functions of clean images, timesteps and noise; nothing here draws random numbers.
 
 Images are (B, C, H, W) in [-1, 1]; `timestep` is (B,), larger is noisier; noise ε is unit normal, of the images' shape.
-Each loss is a scalar, the mean over the batch.
+What is plural gives one number per image, (B,), to be reduced by [`weighted_mean`]; the others give that mean.
 """
 
+import copy
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,40 +15,209 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..pipelines.guidance import log_likelihood, shift_epsilon
-from ..schedulers.gaussian import convert
-from ..schedulers.scheduling_ddpm import DDPMScheduler
+from ..schedulers.gaussian import convert, discretized_gaussian_log_likelihood, normal_kl
+from ..schedulers.scheduling_ddpm import LEARNED_VARIANCES, DDPMScheduler, PMeanVariance
 
-Model = Callable[[Tensor, Tensor], Any]  # (x_t, t) to an output with `.sample`, or with `.logits`
+Model = Callable[..., Any]  # (x_t, t), and class_labels if there are any, to an output with `.sample` or `.logits`
+LossType = Literal["simple", "vlb", "hybrid"]
+
+LOSS_TYPES = ("simple", "vlb", "hybrid")
+VLB_WEIGHT = 0.001  # λ of Nichol & Dhariwal (2021), section 3.1
 
 TARGETS: dict[str, Callable[[DDPMScheduler, Tensor, Tensor, Tensor], Tensor]] = {
     "epsilon": lambda scheduler, x0, timestep, noise: noise,
     "sample": lambda scheduler, x0, timestep, noise: x0,
     "v_prediction": lambda scheduler, x0, timestep, noise: scheduler.get_velocity(x0, noise, timestep),
+    "prev_sample": lambda scheduler, x0, timestep, noise: scheduler.q_posterior(
+        x0, scheduler.q_sample(x0, timestep, noise), timestep
+    )[0],
 }
+
+# What ‖m - target‖² of each prediction is multiplied by to be min(SNR, γ) ‖x̂_0 - x_0‖².
+MIN_SNR_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "epsilon": lambda snr, gamma: (gamma / snr).clamp(max=1),  # min(SNR, γ)/SNR, also where the SNR is 0
+    "sample": lambda snr, gamma: snr.clamp(max=gamma),
+    "v_prediction": lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1),
+}
+
+
+def weighted_mean(losses: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean of losses (B,), each times its importance weight (B,) where timesteps were not drawn uniformly."""
+    return losses.mean() if weight is None else (losses * weight).mean()
+
+
+# --- denoising -------------------------------------------------------------------------------------------------------
 
 
 def ddpm_loss(unet: Model, scheduler: DDPMScheduler, x0: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
     """‖m(x_t, t) - target‖², averaged over elements: L_simple of Ho et al. (2020), equation 14, for ε.
 
+    The mean of [`ddpm_losses`] with its defaults; arguments as there.
+    """
+    return weighted_mean(ddpm_losses(unet, scheduler, x0, timestep, noise))
+
+
+def ddpm_losses(
+    unet: Model,
+    scheduler: DDPMScheduler,
+    x0: Tensor,
+    timestep: Tensor,
+    noise: Tensor,
+    *,
+    loss_type: LossType = "simple",
+    snr_gamma: float | None = None,
+    vlb_weight: float = VLB_WEIGHT,
+    class_labels: Tensor | None = None,
+) -> Tensor:
+    """The loss of each image, (B,), by one of three objectives.
+
+    - simple: L_simple, [`simple_losses`] (Ho et al. 2020, equation 14);
+    - vlb: T' times [`variational_terms`], an estimate of the whole bound in bits per dimension;
+    - hybrid: simple + `vlb_weight` · vlb, where the bound trains the variance and sends no gradient into the mean
+      (Nichol & Dhariwal 2021, section 3.1).
+
+    T' is the length of the scheduler's chain, the trained one unless it was respaced. In guided-diffusion's terms and
+    up to its factors, these are MSE, RESCALED_KL and RESCALED_MSE; x_0 is not clipped.
+
     Args:
-        unet: m, which predicts what the scheduler's `prediction_type` says: epsilon, sample (x_0) or v_prediction.
+        unet: m, which predicts what the scheduler's `prediction_type` says, and the variance where that is learned.
+        scheduler: the noise levels.
+        x0: clean images.
+        timestep: t, of the scheduler's chain.
+        noise: ε.
+        loss_type: "simple", "vlb" or "hybrid".
+        snr_gamma: γ of [`simple_losses`].
+        vlb_weight: λ ≥ 0.
+        class_labels: y, (B,), for a class-conditional UNet.
+
+    Raises:
+        ValueError: for another objective, or one that the scheduler's variance or `snr_gamma` does not allow.
+    """
+    check_objective(loss_type, scheduler.config["variance_type"], scheduler.config["prediction_type"], snr_gamma)
+    xt = scheduler.q_sample(x0, timestep, noise)
+    condition = {} if class_labels is None else {"class_labels": class_labels}
+    output = unet(xt, timestep, **condition).sample
+    prediction, variance = _split(scheduler, output, x0.shape[1])
+    if loss_type == "vlb":
+        return _vlb(scheduler, output, x0, xt, timestep)
+    losses = simple_losses(prediction, scheduler, x0, timestep, noise, snr_gamma)
+    if loss_type == "hybrid":
+        frozen = torch.cat([prediction.detach(), variance], dim=1)
+        losses = losses + vlb_weight * _vlb(scheduler, frozen, x0, xt, timestep)
+    return losses
+
+
+def _split(scheduler: DDPMScheduler, output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """The prediction, and the channels of a learned variance, of which there are none for a fixed one."""
+    kind = scheduler.config["variance_type"]
+    expected = channels * (2 if kind in LEARNED_VARIANCES else 1)
+    if output.shape[1] != expected:
+        raise ValueError(
+            f"`unet` must have {expected} output channels for images of {channels} and `variance_type` {kind!r}, got "
+            f"{output.shape[1]}; change its `out_channels` or the scheduler."
+        )
+    return output[:, :channels], output[:, channels:]
+
+
+def check_objective(loss_type: str, variance_type: str, prediction_type: str, snr_gamma: float | None) -> None:
+    """Refuses an objective that cannot train the model it is for; arguments as in [`ddpm_losses`].
+
+    Raises:
+        ValueError: for another objective, hybrid with a fixed variance, or `snr_gamma` where nothing is weighted by it.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"`loss_type` must be one of {LOSS_TYPES}, got {loss_type!r}.")
+    if loss_type == "hybrid" and variance_type not in LEARNED_VARIANCES:
+        raise ValueError(
+            f'`loss_type` "hybrid" needs a `variance_type` among {LEARNED_VARIANCES}, whose variance its bound trains, '
+            f'got {variance_type!r}; choose "learned_range", or the loss "simple" or "vlb".'
+        )
+    if snr_gamma is not None and (loss_type == "vlb" or prediction_type not in MIN_SNR_WEIGHTS or snr_gamma <= 0):
+        raise ValueError(
+            '`snr_gamma` must be positive, and weights the simple loss of "simple" and "hybrid" for predictions '
+            f"{tuple(MIN_SNR_WEIGHTS)}, got {snr_gamma} with `loss_type` {loss_type!r} and `prediction_type` "
+            f"{prediction_type!r}; leave it out, or change these."
+        )
+
+
+def simple_losses(
+    prediction: Tensor,
+    scheduler: DDPMScheduler,
+    x0: Tensor,
+    timestep: Tensor,
+    noise: Tensor,
+    snr_gamma: float | None = None,
+) -> Tensor:
+    """‖m - target‖² of each image, averaged over its elements, (B,).
+
+    With `snr_gamma` it is weighted by min-SNR-γ (Hang et al. 2023, section 3.4): whatever the prediction type, the loss
+    is min(SNR, γ) ‖x̂_0 - x_0‖² for the x̂_0 that the prediction stands for, with SNR = ᾱ/(1-ᾱ).
+
+    Args:
+        prediction: m, (B, C, H, W), of the scheduler's prediction type, without a learned variance's channels.
         scheduler: the noise levels.
         x0: clean images.
         timestep: t.
         noise: ε.
-
-    Raises:
-        ValueError: for a prediction type without a target.
+        snr_gamma: γ > 0; None weights every timestep alike.
     """
     kind = scheduler.config["prediction_type"]
-    if kind not in TARGETS:
-        raise ValueError(f"The scheduler's `prediction_type` must be one of {tuple(TARGETS)} to train, got {kind!r}.")
-    output = unet(scheduler.q_sample(x0, timestep, noise), timestep).sample
-    return F.mse_loss(output, TARGETS[kind](scheduler, x0, timestep, noise))
+    target = TARGETS[kind](scheduler, x0, timestep, noise)
+    losses = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
+    if snr_gamma is None:
+        return losses
+    alpha_bar = scheduler.alphas_cumprod.to(timestep.device)[timestep]
+    return losses * MIN_SNR_WEIGHTS[kind](alpha_bar / (1 - alpha_bar), snr_gamma).to(losses)
+
+
+# --- the variational bound -------------------------------------------------------------------------------------------
+
+
+def variational_terms(p: PMeanVariance, scheduler: DDPMScheduler, x0: Tensor, xt: Tensor, timestep: Tensor) -> Tensor:
+    """The bound's term at each image's timestep, in bits per dimension, (B,) (Ho et al. 2020, equation 5).
+
+    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and at the chain's first timestep L_0 = -log p(x_0 | x_1),
+    of 8-bit images ([`~hfdiff.schedulers.gaussian.discretized_gaussian_log_likelihood`]).
+
+    Args:
+        p: p(x_{t-1} | x_t), from the scheduler's `p_mean_variance`.
+        scheduler: the chain.
+        x0: clean images.
+        xt: noisy images x_t.
+        timestep: t, of the chain.
+    """
+    mean, _, log_variance = scheduler.q_posterior(x0, xt, timestep)
+    kl = normal_kl(mean, log_variance, p.mean, p.log_variance)
+    nll = -discretized_gaussian_log_likelihood(x0, p.mean, 0.5 * p.log_variance)
+    first = int(scheduler.timesteps[-1])
+    nats = torch.where(timestep == first, nll.flatten(1).mean(dim=1), kl.flatten(1).mean(dim=1))
+    return nats / math.log(2)
+
+
+def clipped(scheduler: DDPMScheduler, clip: bool) -> DDPMScheduler:
+    """The scheduler with its chain, but with predictions of x_0 clipped to [-1, 1], or left alone."""
+    other = copy.copy(scheduler)
+    other.register_to_config(clip_sample=clip, clip_sample_range=1.0, thresholding=False)
+    return other
+
+
+def _vlb(scheduler: DDPMScheduler, output: Tensor, x0: Tensor, xt: Tensor, timestep: Tensor) -> Tensor:
+    """The whole bound, estimated from the term at each image's timestep, in bits per dimension, (B,)."""
+    p = clipped(scheduler, False).p_mean_variance(output, timestep, xt)
+    return len(scheduler.timesteps) * variational_terms(p, scheduler, x0, xt, timestep)
+
+
+# --- classification --------------------------------------------------------------------------------------------------
 
 
 def classification_loss(
-    classifier: Model, scheduler: DDPMScheduler, x0: Tensor, timestep: Tensor, noise: Tensor, labels: Tensor
+    classifier: Model,
+    scheduler: DDPMScheduler,
+    x0: Tensor,
+    timestep: Tensor,
+    noise: Tensor,
+    labels: Tensor,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy -log p(y | x_t) of noisy images, in nats (Dhariwal & Nichol 2021, section 4).
 
@@ -57,9 +228,10 @@ def classification_loss(
         timestep: t.
         noise: ε.
         labels: y, class indices (B,) or probabilities (B, K).
+        weight: importance weights, (B,).
     """
     logits = classifier(scheduler.q_sample(x0, timestep, noise), timestep).logits
-    return -log_likelihood(logits, labels).mean()
+    return weighted_mean(-log_likelihood(logits, labels), weight)
 
 
 def guided_denoising_loss(
@@ -70,6 +242,7 @@ def guided_denoising_loss(
     timestep: Tensor,
     noise: Tensor,
     labels: Tensor,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """‖ε_θ(x_t) - √(1-ᾱ_t) ∇ log p(y | x_t) - ε‖², averaged over elements: how well the guided noise denoises class y.
 
@@ -90,12 +263,15 @@ def guided_denoising_loss(
         timestep: t.
         noise: ε.
         labels: y, class indices (B,) or probabilities (B, K).
+        weight: importance weights, (B,).
     """
     xt = scheduler.q_sample(x0, timestep, noise).requires_grad_()
     alpha_bar = scheduler.alphas_cumprod.to(xt.device)[timestep].to(xt.dtype).view(-1, *[1] * (xt.ndim - 1))
     with torch.no_grad():
-        eps = convert(unet(xt, timestep).sample, xt, alpha_bar, scheduler.config["prediction_type"], "epsilon")
+        prediction = unet(xt, timestep).sample[:, : xt.shape[1]]  # without a learned variance
+        eps = convert(prediction, xt, alpha_bar, scheduler.config["prediction_type"], "epsilon")
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
         likelihood = log_likelihood(classifier(xt, timestep).logits, labels).sum()
         (gradient,) = torch.autograd.grad(likelihood, xt, create_graph=True)
-    return F.mse_loss(shift_epsilon(eps, alpha_bar, gradient), noise)
+    losses = F.mse_loss(shift_epsilon(eps, alpha_bar, gradient), noise, reduction="none").flatten(1).mean(dim=1)
+    return weighted_mean(losses, weight)

@@ -1,0 +1,122 @@
+"""What is measured of a noisy classifier while it trains and at the end, alone and in its guided pipeline."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from ..cli import draw, judge_labels
+from ..evaluation.noise_levels import (
+    NoiseBucket,
+    average_noise_levels,
+    evaluate_noise_levels,
+    format_noise_levels,
+    plot_noise_levels,
+    save_noise_levels,
+)
+from ..images import image_grid
+from ..models.noisy_classifier import NoisyClassifier
+from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from ..schedulers.scheduling_ddpm import DDPMScheduler
+from .card import Measurement
+from .data import LabelledImages, derive_seed, make_generator
+from .sources import reading_model
+
+MEASURES = {
+    "accuracy": "accuracy on noisy images",
+    "cross_entropy": "cross entropy on noisy images (nats)",
+    "calibration_error": "expected calibration error on noisy images (15 bins)",
+}
+CLASSES_DRAWN = 16  # at most, the first ones
+PIXELS_SHOWN = 64  # small images are enlarged to about this size
+
+
+def judge_noise_levels(
+    classifier: NoisyClassifier, scheduler: DDPMScheduler, validation: LabelledImages, seed: int
+) -> list[NoiseBucket]:
+    """The classifier on labelled test images, with the same noise whenever it is asked."""
+    assert validation.labels is not None
+    generator = make_generator(seed, "validation", 0)
+    return evaluate_noise_levels(classifier, scheduler, validation.images, validation.labels, generator=generator)
+
+
+def make_monitor(
+    classifier: NoisyClassifier, scheduler: DDPMScheduler, validation: LabelledImages, seed: int
+) -> Callable[[int], dict[str, float]]:
+    """What a training looks at on its way: the measures averaged over all noise levels, and each bucket's accuracy."""
+
+    def monitor(step: int) -> dict[str, float]:
+        rows = judge_noise_levels(classifier, scheduler, validation, seed)
+        by_bucket = {f"accuracy_{row.first_timestep}_{row.last_timestep}": row.accuracy for row in rows}
+        return average_noise_levels(rows) | by_bucket
+
+    return monitor
+
+
+def report_noise_levels(
+    classifier: NoisyClassifier, scheduler: DDPMScheduler, validation: LabelledImages, seed: int, folder: Path
+) -> list[Measurement]:
+    """Prints the classifier's table by noise level and writes it as `noise_levels.json`, `.csv` and, a plot, `.png`.
+
+    Returns:
+        The averages over noise levels.
+    """
+    rows = judge_noise_levels(classifier, scheduler, validation, seed)
+    print(format_noise_levels(rows))
+    save_noise_levels(rows, folder)
+    try:
+        plot_noise_levels(rows, folder / "noise_levels.png")
+    except ValueError as error:
+        print(error)
+    of = f"{len(validation.images):,} test images, each at one random timestep in each of {len(rows)} equal parts"
+    return [Measurement(MEASURES[name], value, of) for name, value in average_noise_levels(rows).items()]
+
+
+def report_samples(
+    pipe: ClassifierGuidedPipeline, folder: Path, *, per_class: int, steps: int, judge: str | None, seed: int
+) -> list[Measurement]:
+    """Draws images of each class, one row each, as `samples.png`, and has another classifier say what they show.
+
+    Args:
+        pipe: what draws, at its default guidance scale.
+        folder: where the picture goes.
+        per_class: images of each class.
+        steps: model calls per image; the trained chain's length where that is less.
+        judge: the folder of a classifier of clean images; None asks none.
+        seed: of the images.
+
+    Returns:
+        The accuracy of that classifier, where there is one.
+    """
+    labels = [label for label in list(pipe.classifier.id2label)[:CLASSES_DRAWN] for _ in range(per_class)]
+    steps = min(steps, pipe.scheduler.config.num_train_timesteps)
+    pipe.set_progress_bar_config(desc="Samples", leave=False)
+    images = draw(pipe, labels, derive_seed(seed, "samples", 0), None, steps)
+    pictures = DiffusionPipeline.numpy_to_pil(images / np.float32(255))
+    image_grid(pictures, per_class, scale=max(1, PIXELS_SHOWN // images.shape[1])).save(folder / "samples.png")
+    if judge is None:
+        return []
+    seen = judge_labels(load_judge(judge, pipe.classifier), images)
+    accuracy = float(np.mean(np.equal(seen, labels)))
+    of = f"{len(labels)} guided images, {steps} steps at scale {pipe.config.default_guidance_scale:g}, by {judge}"
+    print(f"Accuracy {accuracy:.3f} of {of}.")
+    return [Measurement("share of guided images that show their class", accuracy, of)]
+
+
+def load_judge(folder: str, classifier: NoisyClassifier) -> NoisyClassifier:
+    """A classifier of clean images, to judge what another one guided.
+
+    Raises:
+        ValueError: when it is not there, or for other images or classes.
+    """
+    with reading_model("judge", folder):
+        judge = NoisyClassifier.from_pretrained(folder, dtype=torch.float32)
+    for name in ("sample_size", "in_channels", "num_classes"):
+        if judge.config[name] != classifier.config[name]:
+            raise ValueError(
+                f"`judge` must have the classifier's {name}, {classifier.config[name]}, got {judge.config[name]}; use "
+                "one trained on the same images."
+            )
+    return judge

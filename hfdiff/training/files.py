@@ -1,0 +1,54 @@
+"""Files and folders that are whole or absent, whatever happens while they are written.
+
+They are written beside their place under a name that ends in ".partial", synchronised to the disk and renamed.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+PARTIAL = ".partial"
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Writes a file and waits until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(source: Path, target: Path) -> None:
+    """Renames a file or folder into the place of another, and waits until the disk knows."""
+    if target.is_dir():  # a rename replaces files and empty folders only
+        discard(target)
+    os.replace(source, target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk has a file's content, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(path: Path) -> None:
+    """Removes a folder, if it is there, so that its name goes first and never stands for a part of it."""
+    if path.exists() and not path.name.endswith(PARTIAL):
+        hidden = path.with_name(f"{path.name}.old{PARTIAL}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path = path.rename(hidden)
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Removes what a killed run left half written."""
+    for path in output_dir.glob(f"*{PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

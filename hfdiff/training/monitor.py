@@ -1,0 +1,207 @@
+"""What is measured of a diffusion model while it trains: loss, variational bound, Fréchet distance and samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from ..evaluation import bits_per_dim, frechet_distance, spread_timesteps
+from ..evaluation.statistics import FeatureStatistics, RunningStatistics, load_statistics, save_statistics
+from ..models.noisy_classifier import NoisyClassifier
+from ..schedulers.scheduling_ddpm import DDPMScheduler
+from .checkpoints import PARTIAL, replace
+from .config import TrainingSettings
+from .data import LabelledImages, make_generator
+from .loop import Monitor
+from .samples import draw_images, save_grid
+
+BATCH_SIZE = 256
+BOUND_TERMS = 40  # of the chain's, for speed; the others are interpolated
+REAL_IMAGES = 10_000  # at most, for the statistics of real images
+CLEAN = 0  # the timestep of images without noise
+STATISTICS = "real-statistics.npz"
+
+Losses = Callable[[UNet2DModel, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(kw_only=True)
+class MonitorSettings(TrainingSettings):
+    """Settings of a diffusion model's validation, every `validation_steps` and at the end.
+
+    Args:
+        validation_images: images of the validation data, at most, whose loss is measured.
+        bits_per_dim_images: images of the validation data, at most, whose variational bound is measured; 0 measures
+            none.
+        sample_images: images of the grid `samples/step-N.png`; 0 draws none.
+        sample_steps: model calls per drawn image.
+        fid_features: the folder of a NoisyClassifier; measures the Fréchet distance to the dataset in its features.
+        fid_images: images drawn for that.
+    """
+
+    may_change: ClassVar[frozenset[str]] = TrainingSettings.may_change | {
+        "validation_images",
+        "bits_per_dim_images",
+        "sample_images",
+        "sample_steps",
+        "fid_features",
+        "fid_images",
+    }
+
+    validation_images: PositiveInt = 1000
+    bits_per_dim_images: NonNegativeInt = 100
+    sample_images: NonNegativeInt = 64
+    sample_steps: PositiveInt = 50
+    fid_features: str | None = None
+    fid_images: PositiveInt = 1000
+
+
+def make_monitor(
+    settings: MonitorSettings,
+    accelerator: Accelerator,
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    losses: Losses,
+    data: LabelledImages,
+    validation: LabelledImages | None,
+) -> Monitor:
+    """The monitor of a training; the main process measures, with the same noise every time.
+
+    Args:
+        settings: of the run.
+        accelerator: of the run.
+        unet: the model.
+        scheduler: its chain.
+        losses: maps the model, x_0, t, ε and labels to a loss per image, (B,).
+        data: the images it trains on.
+        validation: held-out images, if any.
+
+    Raises:
+        ValueError: when the classifier for the Fréchet distance is not there, or for other images.
+    """
+    held_out = _first(validation, settings.validation_images) if validation else None
+    bound = _first(validation, settings.bits_per_dim_images) if validation and settings.bits_per_dim_images else None
+    classifier = load_features(settings.fid_features, data).to(accelerator.device) if settings.fid_features else None
+    folder = Path(settings.output_dir)
+
+    @cache
+    def real(classifier: NoisyClassifier) -> FeatureStatistics:
+        return real_statistics(classifier, data, f"{settings.fid_features} of {settings.dataset}", folder)
+
+    def draw(count: int) -> Tensor:
+        generator = make_generator(settings.seed, "samples", 0)
+        return draw_images(unet, scheduler, count, settings.sample_steps, generator)
+
+    def monitor(step: int) -> dict[str, float]:
+        numbers: dict[str, float] = {}
+        if not accelerator.is_main_process:
+            return numbers
+        if held_out:
+            numbers["validation_loss"] = validation_loss(unet, losses, len(scheduler), held_out, settings.seed)
+        if bound:
+            numbers["bits_per_dim"] = held_out_bound(unet, scheduler, bound, settings.seed)
+        if classifier:
+            drawn = clean_statistics(classifier, draw(settings.fid_images).float() / 127.5 - 1)
+            kept = real(classifier)
+            numbers["frechet_distance"] = frechet_distance(drawn.mean, drawn.covariance, kept.mean, kept.covariance)
+        if settings.sample_images:
+            save_grid(draw(settings.sample_images), grid_path(folder, step))
+        return numbers
+
+    return monitor
+
+
+def grid_path(folder: Path, step: int) -> Path:
+    """Where the grid drawn after a training step is, in a run's folder."""
+    return folder / "samples" / f"step-{step}.png"
+
+
+def _first(data: LabelledImages, count: int) -> LabelledImages:
+    """The first images of a dataset, in memory."""
+    return LabelledImages(data.images[:count], None if data.labels is None else data.labels[:count], data.label_names)
+
+
+def validation_loss(
+    unet: UNet2DModel, losses: Losses, num_train_timesteps: int, data: LabelledImages, seed: int
+) -> float:
+    """The mean loss of images, each at one timestep; the timesteps are spread evenly over the chain."""
+    count = len(data.images)
+    generator = make_generator(seed, "validation", 0)
+    timesteps = torch.linspace(0, num_train_timesteps - 1, count).round().long()
+    timesteps = timesteps[torch.randperm(count, generator=generator)]
+    total = 0.0
+    for rows in torch.arange(count).split(BATCH_SIZE):
+        x0 = data.images[rows]
+        noise = torch.randn(x0.shape, generator=generator)
+        labels = None if data.labels is None else data.labels[rows].to(unet.device)
+        x0, timestep, noise = (tensor.to(unet.device) for tensor in (x0, timesteps[rows], noise))
+        total += losses(unet, x0, timestep, noise, labels).sum().item()
+    return total / count
+
+
+def held_out_bound(unet: UNet2DModel, scheduler: DDPMScheduler, data: LabelledImages, seed: int) -> float:
+    """Bits per dimension of images, from a part of the bound's terms."""
+    return bits_per_dim(
+        unet,
+        scheduler,
+        data.images[:],
+        generator=make_generator(seed, "bound", 0),
+        timesteps=spread_timesteps(scheduler, BOUND_TERMS),
+        class_labels=data.labels,
+    ).total.item()
+
+
+# --- the Fréchet distance --------------------------------------------------------------------------------------------
+
+
+def load_features(folder: str, data: LabelledImages) -> NoisyClassifier:
+    """A classifier whose features measure images like those of a dataset.
+
+    Raises:
+        ValueError: when it is not there, or for other images.
+    """
+    try:
+        classifier = NoisyClassifier.from_pretrained(folder, dtype=torch.float32).eval()
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"`fid_features` must be the folder of a NoisyClassifier, got {folder!r}: {reason}") from error
+    expected = {"in_channels": data.images.shape[1], "sample_size": data.images.shape[2]}
+    came = {name: classifier.config[name] for name in expected}
+    if came != expected:
+        raise ValueError(f"`fid_features` must be for the dataset's {expected}, got {came}; name another classifier.")
+    return classifier
+
+
+@torch.no_grad()
+def clean_statistics(classifier: NoisyClassifier, images: Tensor) -> FeatureStatistics:
+    """The statistics of a classifier's features of clean images in [-1, 1], (N, C, H, W)."""
+    running = RunningStatistics()
+    for part in images.split(BATCH_SIZE):
+        running.update(classifier.features(part.to(classifier.device), CLEAN).cpu())
+    return running.finish()
+
+
+def real_statistics(classifier: NoisyClassifier, data: LabelledImages, source: str, folder: Path) -> FeatureStatistics:
+    """The statistics of a dataset's first 10,000 images, computed once and kept in `real-statistics.npz`.
+
+    Args:
+        classifier: whose features.
+        data: the dataset.
+        source: the names of both; statistics kept of other ones are computed anew.
+        folder: of the run.
+    """
+    images = data.images[:REAL_IMAGES]
+    path, provenance = folder / STATISTICS, {"source": source, "shape": list(images.shape)}
+    if path.exists() and (kept := load_statistics(path)).features == provenance:
+        return kept.pooled
+    statistics = clean_statistics(classifier, images)
+    partial = path.with_name(f"{path.stem}{PARTIAL}.npz")
+    save_statistics(partial, statistics, features=provenance)
+    replace(partial, path)
+    return statistics

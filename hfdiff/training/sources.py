@@ -1,0 +1,150 @@
+"""Where images, labels and earlier models come from: scikit-learn's digits, files, folders and the Hub."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+from PIL import Image
+from torch import Tensor
+
+DIGITS = "digits"
+NUM_DIGITS_TO_TRAIN = 1500  # of scikit-learn's 1,797; the later ones are of other writers
+FILES = {".parquet": "parquet", ".arrow": "arrow"}  # suffixes and the builders that read them
+SAVED = ("state.json", "dataset_dict.json")  # what `Dataset.save_to_disk` leaves
+GREY_LEVELS = 16  # of scikit-learn's digits
+
+
+def load_digits(split: str) -> tuple[list[Image.Image], Tensor, list[str]]:
+    """Scikit-learn's 8×8 digits as pictures of floats in [-1, 1], with labels (N,) and names."""
+    from sklearn.datasets import load_digits as load
+
+    digits = load()
+    part = slice(None, NUM_DIGITS_TO_TRAIN) if split == "train" else slice(NUM_DIGITS_TO_TRAIN, None)
+    pixels = (digits.images[part] / (GREY_LEVELS / 2) - 1).astype(np.float32)
+    pictures = [Image.fromarray(picture) for picture in pixels]
+    return pictures, torch.from_numpy(digits.target[part]).long(), [str(name) for name in digits.target_names]
+
+
+def open_dataset(source: str, split: str, config_name: str | None = None) -> Dataset:
+    """One split of a dataset.
+
+    Args:
+        source: a parquet or arrow file, which is taken whole; a folder of them, of images, or saved by `datasets`; or a
+            Hub id.
+        split: its name, where the source has some.
+        config_name: which configuration, where a folder or Hub dataset has several.
+
+    Raises:
+        ValueError: when it is not there, cannot be read, has no such split, or is empty.
+    """
+    path = Path(source)
+    with _one_line(source):
+        if path.is_file() and path.suffix in FILES:
+            dataset = load_dataset(FILES[path.suffix], data_files={split: source}, split=split)
+        elif path.is_file():
+            raise ValueError(f"a file must be one of {', '.join(FILES)}")
+        elif any((path / name).is_file() for name in SAVED):
+            dataset = _pick_split(load_from_disk(source), split)
+        elif path.is_dir() or _may_be_hub_id(source):
+            dataset = load_dataset(source, config_name, split=split)
+        else:
+            raise ValueError("there is no such file or folder")
+        if not len(dataset):
+            raise ValueError("it holds no images")
+    return dataset
+
+
+def _pick_split(dataset: Dataset | DatasetDict, split: str) -> Dataset:
+    if isinstance(dataset, Dataset):
+        return dataset
+    if split not in dataset:
+        raise ValueError(f"its splits are {sorted(dataset)}, not {split!r}")
+    return dataset[split]
+
+
+def _may_be_hub_id(source: str) -> bool:
+    return source.count("/") < 2 and not source.startswith((".", "/", "~")) and Path(source).suffix not in FILES
+
+
+@contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """Turns the many errors of opening a dataset into one line."""
+    try:
+        yield
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".!")
+        raise ValueError(
+            f"The dataset must be {DIGITS!r}, a parquet or arrow file, a folder of them or of images, or a Hub id, "
+            f"got {source!r}: {reason}; check the name."
+        ) from error
+
+
+@contextmanager
+def reading_model(argument: str, source: str) -> Iterator[None]:
+    """Turns the errors of loading a model that is not there into one line.
+
+    Args:
+        argument: the setting that names the model.
+        source: its value.
+
+    Raises:
+        ValueError: in their place.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(f"`{argument}` must be a model's folder or Hub id, got {source!r}: {reason}.") from error
+
+
+def check_column(dataset: Dataset, argument: str, column: str, source: str) -> None:
+    """Refuses a column that is not there, and tells which one it may be.
+
+    Raises:
+        ValueError: when it is not there.
+    """
+    if column in dataset.column_names:
+        return
+    kind = datasets.Image if argument == "image_column" else ClassLabel
+    likely = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
+    remedy = f"`--{argument} {likely[0]}` looks right" if len(likely) == 1 else "name one of these"
+    raise ValueError(f"`{argument}` must be one of {dataset.column_names} of {source!r}, got {column!r}; {remedy}.")
+
+
+def read_labels(dataset: Dataset, column: str) -> tuple[Tensor, list[str]]:
+    """Labels (N,) from 0 to K-1, and the names of the K classes; integers name themselves.
+
+    Raises:
+        ValueError: for labels that are not integers in that range, or missing.
+    """
+    feature = dataset.features[column]
+    if not isinstance(feature, ClassLabel) and "int" not in str(getattr(feature, "dtype", "")):
+        raise ValueError(
+            f"`label_column` must hold integers, got {column!r} of {feature}; convert it with "
+            "`dataset.class_encode_column`."
+        )
+    values = dataset.with_format("arrow")[:][column]
+    if values.null_count:
+        row = values.to_pylist().index(None)
+        raise ValueError(f"`label_column` must label every image, got none in row {row} of {column!r}; drop that row.")
+    labels = torch.tensor(values.to_pylist(), dtype=torch.int64)
+    named = isinstance(feature, ClassLabel)
+    classes = feature.num_classes if named else int(labels.max()) + 1
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"`label_column` must hold classes from 0 to {classes - 1}, got {labels[row]} in row {row} of {column!r}; "
+            "drop that row."
+        )
+    if not named and classes > len(labels):
+        raise ValueError(
+            f"`label_column` must number the classes from 0 on, got {classes - 1} among {len(labels)} images in "
+            f"{column!r}; convert it with `dataset.class_encode_column`."
+        )
+    return labels, list(feature.names) if named else [str(number) for number in range(classes)]
