@@ -3,8 +3,8 @@
     python benchmarks/quality.py --train_data ylecun/mnist --test_data ylecun/mnist
     python benchmarks/quality.py ... --scheduler DDIM --steps 25
 
-The Fréchet distance is that of the independent classifier's features. It depends on the number of images, so the same
-number of real training images, measured in the same way, stands beside it.
+The Fréchet distance is that of the independent classifier's features. It depends on how many images there are in all
+and of each class, so as many real training images of each class, measured in the same way, stand beside it.
 """
 
 import argparse
@@ -26,6 +26,13 @@ def judge_images(judge: NoisyClassifier, images: Tensor) -> tuple[Tensor, Tensor
     features = torch.cat([judge.features(batch, CLEAN) for batch in images.split(250)])
     classes = torch.cat([judge(batch, CLEAN).logits.argmax(dim=-1) for batch in images.split(250)])
     return features, classes
+
+
+def pick(labels: Tensor, classes: list[int], count: int, seed: int) -> Tensor:
+    """Indices of `count` random images of each class."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [(labels == label).nonzero().flatten() for label in classes]
+    return torch.cat([row[torch.randperm(len(row), generator=generator)[:count]] for row in rows])
 
 
 def distance(first: Tensor, second: Tensor) -> float:
@@ -57,9 +64,9 @@ def main() -> None:
     images = torch.from_numpy(draw(pipe, labels.tolist(), args.seed, args.scale, args.steps)).permute(0, 3, 1, 2)
     features, seen = judge_images(judge, images / 127.5 - 1)
     real, _ = judge_images(judge, load_images(args.test_data, split="test").images[:])
-    train = load_images(args.train_data, split="train").images[:]
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))[: len(labels)]
-    baseline, _ = judge_images(judge, train[chosen])
+    train = load_images(args.train_data, split="train", label_column="label")
+    chosen = pick(train.labels, classes, args.per_class, args.seed)
+    baseline, _ = judge_images(judge, train.images[chosen])
 
     correct = (seen == labels).double()
     worst = min(correct[labels == label].mean().item() for label in classes)
@@ -67,7 +74,7 @@ def main() -> None:
     print(f"{type(pipe.scheduler).__name__}, {args.steps} steps, scale {pipe.guidance_scale}, N = {len(labels)}")
     print(f"accuracy {correct.mean():.3f}, of the worst class {worst:.2f}")
     print(
-        f"Fréchet distance to {len(real)} unseen images {ours:.3f}; {len(labels)} training images {theirs:.3f}", end=""
+        f"Fréchet distance to {len(real)} unseen images {ours:.3f}; {len(chosen)} training images {theirs:.3f}", end=""
     )
     print(f"; ratio {ours / theirs:.2f}")
 

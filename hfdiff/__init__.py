@@ -4,6 +4,7 @@ from .models.ncsn import NCSNModel
 from .models.ncsnv2 import NCSNv2Model
 from .models.noisy_classifier import NoisyClassifier
 from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from .pipelines.pipeline_ncsn import NCSNPipeline
 from .schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -12,6 +13,7 @@ __all__ = [
     "ClassifierGuidedPipeline",
     "DDPMScheduler",
     "NCSNModel",
+    "NCSNPipeline",
     "NCSNv2Model",
     "NoisyClassifier",
 ]

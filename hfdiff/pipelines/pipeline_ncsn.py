@@ -1,0 +1,223 @@
+"""Images from a score network by annealed Langevin dynamics: from noise, around given pixels, or between two images.
+
+Song & Ermon 2019 and 2020. `timesteps` descends from the largest noise level to the smallest, each repeated.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from .inputs import check_choice, check_generator, check_latents
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Pictures = Image.Image | list[Image.Image] | np.ndarray | Tensor
+StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+class NCSNPipeline(DiffusionPipeline):
+    """Samples p(x) by Langevin dynamics through falling noise levels, with the score network of each.
+
+    Args:
+        unet: the score network: [`NCSNModel`], [`NCSNv2Model`], or a diffusers UNet of any prediction type the
+            scheduler knows. Where its config has `rescaled` off, its data are in [0, 1], else in [-1, 1].
+        scheduler: [`AnnealedLangevinScheduler`] with the levels it was trained on.
+    """
+
+    unet: Any
+    scheduler: Any
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        latents: Tensor | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws images; with `image` and `mask_image`, only the masked part of them (inpainting).
+
+        At every level the known pixels are the image's with that level's noise, at the end the image's own (Song &
+        Ermon 2019, appendix B.3).
+
+        Args:
+            batch_size: how many.
+            num_inference_steps: model calls; default: all that the scheduler's levels and steps ask for.
+            generator: source of all noise; a list of one per image makes each image independent of its batch.
+            image: one image for all or one each: PIL, (B, H, W, C) or (B, C, H, W) in [0, 1].
+            mask_image: of the same kinds, one channel; where it is over 0.5, the image is drawn anew.
+            latents: unit normal noise to start from, (B, C, H, W).
+            callback_on_step_end: called with (pipeline, step index, timestep, tensors) after each step; returns a
+                dictionary, whose `latents`, if any, the next step goes on with. It sees every intermediate state.
+            callback_on_step_end_tensor_inputs: names of the tensors it is given, of `_callback_tensor_inputs`.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent", x_0 as sampled.
+            return_dict: return an `ImagePipelineOutput` instead of a tuple.
+
+        Raises:
+            ValueError: for an argument out of its range, before any model runs.
+        """
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        for name in callback_on_step_end_tensor_inputs:
+            check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_generator(generator, batch_size)
+        known = self._known_pixels(image, mask_image)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        latents = self._initial_noise(batch_size, generator, latents)
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if known is not None:
+                noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+                latents = _replace(latents, *known, noise=self._noise_std(t) * noise)
+            latents = self.scheduler.step(self._predict(latents, t), t, latents, generator=generator).prev_sample
+            if callback_on_step_end is not None:
+                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
+        if known is not None:
+            latents = _replace(latents, *known)
+        self.maybe_free_model_hooks()
+        images = self._to_images(latents, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        num_images: int = 8,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """Images between two samples: every one from its own mixture of the same two streams of noise.
+
+        Image k uses cos θ_k z + sin θ_k z' for the noise of each step, with θ_k from 0 to π/2, which is unit normal for
+        each k (Song & Ermon 2020, section 5).
+
+        Args:
+            num_images: at least 2, the two samples included.
+            num_inference_steps: model calls; default: all that the scheduler's levels and steps ask for.
+            generator: source of both streams.
+            output_type: as in the call.
+
+        Returns:
+            The images, in order.
+
+        Raises:
+            ValueError: for fewer than 2 images or an unknown output type.
+        """
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        if num_images < 2:
+            raise ValueError(f"`num_images` must be at least 2, the two ends, got {num_images}.")
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        theta = torch.linspace(0, torch.pi / 2, num_images, device=self._execution_device).view(-1, 1, 1, 1)
+
+        def mixed() -> Tensor:
+            first, second = (self._unit_noise(1, generator) for _ in range(2))
+            return theta.cos().to(first) * first + theta.sin().to(first) * second
+
+        latents = mixed() * self.scheduler.init_noise_sigma
+        for t in self.progress_bar(self.scheduler.timesteps):
+            latents = self.scheduler.step(self._predict(latents, t), t, latents, variance_noise=mixed()).prev_sample
+        self.maybe_free_model_hooks()
+        return self._to_images(latents, output_type)
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def _predict(self, latents: Tensor, t: Tensor) -> Tensor:
+        """The model's output in the latents' dtype."""
+        xt = self.scheduler.scale_model_input(latents, t)
+        return self.unet(xt.to(self.unet.dtype), t).sample.to(latents.dtype)
+
+    def _noise_std(self, t: Tensor) -> float:
+        """σ_t."""
+        return float(self.scheduler.sigmas[int(t)])
+
+    def _unit_noise(self, batch_size: int, generator: Any) -> Tensor:
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        return randn_tensor(self._shape(batch_size), generator=generator, device=self._execution_device, dtype=dtype)
+
+    def _shape(self, batch_size: int) -> tuple[int, ...]:
+        size = self.unet.config.sample_size
+        return (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
+        if latents is None:
+            return self._unit_noise(batch_size, generator) * self.scheduler.init_noise_sigma
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        check_latents(latents, self._shape(batch_size), (dtype, self.unet.dtype))
+        return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
+
+    # --- images and data ---------------------------------------------------------------------------------------------
+
+    @property
+    def _from_zero(self) -> bool:
+        """Whether the model's data are in [0, 1]."""
+        return self.unet.config.get("rescaled") is False
+
+    def _known_pixels(self, image: Pictures | None, mask_image: Pictures | None) -> tuple[Tensor, Tensor] | None:
+        """The image in the model's range and where it is known, both (B or 1, C or 1, H, W); None without them."""
+        if (image is None) != (mask_image is None):
+            missing = "mask_image" if mask_image is None else "image"
+            raise ValueError(f"`image` and `mask_image` go together, got no `{missing}`; give both or none.")
+        if image is None or mask_image is None:
+            return None
+        _, channels, *size = self._shape(1)
+        pixels, mask = _to_tensor("image", image, channels, size), _to_tensor("mask_image", mask_image, 1, size)
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        pixels = pixels if self._from_zero else 2 * pixels - 1
+        return pixels.to(self._execution_device, dtype), (mask <= 0.5).to(self._execution_device)
+
+    def _to_images(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        images = (latents if self._from_zero else latents / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        return array if output_type == "np" else self.numpy_to_pil(array)
+
+
+def _replace(latents: Tensor, image: Tensor, known: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+    """The latents with the image's pixels, and noise on them, where they are known."""
+    return torch.where(known, image + noise, latents)
+
+
+def _to_tensor(name: str, pictures: Pictures, channels: int, size: list[int]) -> Tensor:
+    """Pictures in [0, 1] as (B, C, H, W).
+
+    Raises:
+        ValueError: for another size, other channels, or values outside [0, 1].
+    """
+    if isinstance(pictures, Image.Image):
+        pictures = [pictures]
+    if isinstance(pictures, list):
+        mode = {1: "L", 3: "RGB"}[channels]
+        pictures = np.stack([np.asarray(picture.convert(mode), dtype=np.float32) / 255 for picture in pictures])
+        pictures = pictures.reshape(*pictures.shape[:3], channels)
+    if isinstance(pictures, np.ndarray):
+        pictures = torch.from_numpy(pictures).movedim(-1, 1)
+    if pictures.ndim != 4 or list(pictures.shape[1:]) != [channels, *size]:
+        raise ValueError(
+            f"`{name}` must have {channels} channels and the model's size {tuple(size)}, got the shape "
+            f"{tuple(pictures.shape)} of (B, C, H, W); resize it."
+        )
+    if not ((pictures >= 0) & (pictures <= 1)).all():
+        raise ValueError(f"`{name}` must be in [0, 1], got {pictures.min():g} to {pictures.max():g}; rescale it.")
+    return pictures
