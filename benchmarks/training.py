@@ -26,6 +26,8 @@ from statistics import median, quantiles
 
 import torch
 
+from hfdiff.training.data import LabelledImages
+
 SIZE, BATCH, WARM_UP = 28, 128, 3
 NETWORK = ("--block_out_channels", "[32, 64, 64]", "--norm_num_groups", "8", "--attention_head_dim", "32")
 OURS = Path(__file__).parents[1] / "training" / "train_ddpm.py"
@@ -118,7 +120,7 @@ def write_network(folder: Path) -> int:
     """The configuration of the network our script makes, for diffusers' script; returns its number of parameters."""
     settings = runpy.run_path(str(OURS))
     flags = settings["parse_settings"](settings["DDPMSettings"], [*NETWORK], "")
-    unet = settings["make_unet"](flags, torch.zeros(1, 3, SIZE, SIZE))
+    unet = settings["make_unet"](flags, LabelledImages(torch.zeros(1, 3, SIZE, SIZE), None, []))
     unet.save_config(folder)
     return unet.num_parameters()
 

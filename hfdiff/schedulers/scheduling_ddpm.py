@@ -368,11 +368,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             ValueError: for a shape that does not fit, or a timestep outside the chain.
         """
         output, learned = self._split(model_output, sample)
-        for name, tensor in (("variance_noise", variance_noise), ("guidance", guidance)):
-            if tensor is not None and tensor.shape != sample.shape:
-                raise ValueError(
-                    f"`{name}` must have the sample's shape {tuple(sample.shape)}, got {tuple(tensor.shape)}."
-                )
+        _check_shape("variance_noise", variance_noise, sample)
+        _check_shape("guidance", guidance, sample)
         dtype = sample.dtype
         if dtype in (torch.float16, torch.bfloat16):
             sample, output = sample.float(), output.float()
@@ -391,7 +388,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
                     output.shape, generator=generator, device=output.device, dtype=model_output.dtype
                 )
             prev = _add_scaled(prev, variance_noise, scale)
-        prev, x0 = prev.to(dtype), x0.to(dtype)
+        if prev.dtype != dtype:
+            prev, x0 = prev.to(dtype), x0.to(dtype)
         return DDPMSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -428,6 +426,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 def _add_scaled(total: Tensor, term: Tensor, scale: float | Tensor) -> Tensor:
     """total + scale · term, in place for one scale (the tensors here are the step's own)."""
     return total.add_(term, alpha=scale) if isinstance(scale, float) else total.addcmul_(term, scale)
+
+
+def _check_shape(name: str, tensor: Tensor | None, sample: Tensor) -> None:
+    if tensor is not None and tensor.shape != sample.shape:
+        raise ValueError(f"`{name}` must have the sample's shape {tuple(sample.shape)}, got {tuple(tensor.shape)}.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
