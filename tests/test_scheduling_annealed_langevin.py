@@ -1,13 +1,18 @@
+from pathlib import Path
+
 import diffusers
+import numpy as np
 import pytest
 import torch
 from gaussian_mixture import ExactModel, Mixture
 from torch import Tensor
 
 from hfdiff import DDPMScheduler
+from hfdiff.convert.ncsn import load_model
 from hfdiff.schedulers.noise import geometric_sigmas, ncsnv2_num_levels, solve_step_size
 from hfdiff.schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 
+DATA = Path(__file__).parent / "data"
 MODES, WEIGHTS = torch.tensor([-5.0, 5.0], dtype=torch.float64), torch.tensor([0.8, 0.2], dtype=torch.float64)
 
 
@@ -251,6 +256,56 @@ def test_a_schedule_rescaled_to_zero_snr_keeps_its_levels() -> None:
     scheduler = AnnealedLangevinScheduler.from_config(ddpm.config)
     alpha_bar = ddpm.alphas_cumprod[:-1]
     torch.testing.assert_close(scheduler.sigmas[:-1], ((1 - alpha_bar) / alpha_bar) ** 0.5)
+
+
+# --- the originals ---------------------------------------------------------------------------------------------------
+
+
+def frozen(name: str) -> dict[str, Tensor]:
+    return {key: torch.from_numpy(array) for key, array in np.load(DATA / name).items()}
+
+
+def largest_error(actual: Tensor, expected: Tensor) -> float:
+    """Relative to the reference's largest value."""
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("ending", ["denoised", "plain"])
+@torch.no_grad()
+def test_a_trajectory_is_the_original_ncsnv2s(ending: str) -> None:
+    arrays = frozen("ncsnv2_trajectory.npz")
+    data = {"image_size": 28, "channels": 1, "logit_transform": False, "rescaled": False}
+    levels = {"num_classes": 10, "sigma_begin": 1, "sigma_end": 0.01, "sigma_dist": "geometric"}
+    network = {"ngf": 8, "normalization": "InstanceNorm++", "nonlinearity": "elu", "spec_norm": False}
+    model = load_model(DATA / "ncsnv2_list.pt", {"data": data, "model": {**levels, **network}}, ema=False)
+    scheduler = AnnealedLangevinScheduler(
+        10, 0.01, 1.0, steps_per_level=3, step_size=1e-5, denoise_final=ending == "denoised"
+    )
+    scheduler.set_timesteps()
+    torch.manual_seed(11)
+    x, states = arrays["in.x"], []
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t).sample, t, x).prev_sample
+        states.append(x)
+    assert largest_error(states[14], arrays["out.middle"]) < 1e-5
+    assert largest_error(x, arrays[f"out.{ending}"]) < 1e-5
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_predictor_and_corrector_are_those_of_score_sde(index: int) -> None:
+    arrays = frozen("pc_steps.npz")
+    x, score, noise = (arrays[f"in.{name}"] for name in ("x", "score", "noise"))
+    t = int(arrays["in.t"][index] * 999)
+    levels = {"num_train_timesteps": 1000, "sigma_min": 0.01, "sigma_max": 50.0, "sampling": "predictor_corrector"}
+    predictor = AnnealedLangevinScheduler(**levels, steps_per_level=1, denoise_final=False)
+    predictor.set_timesteps()
+    moved = predictor.step(score, t, x, variance_noise=noise[0]).prev_sample
+    assert largest_error(moved, arrays[f"out.ve.t{index}.reverse_diffusion.x"]) < 1e-5
+    corrector = AnnealedLangevinScheduler(**levels, steps_per_level=3)
+    corrector.set_timesteps()
+    for z in noise:
+        x = corrector.step(score, t, x, variance_noise=z).prev_sample
+    assert largest_error(x, arrays[f"out.ve.t{index}.langevin.x"]) < 1e-5
 
 
 # --- state and errors ------------------------------------------------------------------------------------------------
