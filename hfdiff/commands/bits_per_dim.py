@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoModel
 
 from ..evaluation import BitsPerDim, bits_per_dim
+from ..evaluation.plots import figure_class
 from ..schedulers.scheduling_ddpm import DDPMScheduler
 
 TABLE_ROWS = 10  # that are printed; the CSV file has a row per timestep
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("num", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {value}.")
-    figure_class = load_matplotlib()
+    figure_kind = figure_class()  # may be missing, which is better known before the work
     unet, scheduler = load_model(args.pipeline)
     if args.respacing:
         scheduler.set_timesteps(respacing=args.respacing)
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     summary = summarize(result, args)
     (args.output / "bits_per_dim.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_terms(result, args.output / "bits_per_dim.csv")
-    plot_terms(result, figure_class, args.output / "bits_per_dim.png")
+    plot_terms(result, figure_kind, args.output / "bits_per_dim.png")
     print(
         "{bits_per_dim:.4f} ± {standard_error:.4f} bits per dimension of {num_images} images: prior {prior:.4f}, "
         "L_0 {L_0:.4f}, the other terms {other_terms:.4f}".format(**summary)
@@ -143,22 +144,9 @@ def write_terms(result: BitsPerDim, path: Path) -> None:
         writer.writerows(zip(*(column.tolist() for column in (result.timesteps, result.vb, result.mse, result.x0_mse))))
 
 
-def load_matplotlib() -> Any:
-    """Matplotlib's class of figures.
-
-    Raises:
-        ValueError: when it is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("The plot needs matplotlib, got none; `pip install 'hfdiff[train]'`.") from error
-    return Figure
-
-
-def plot_terms(result: BitsPerDim, figure_class: Any, path: Path) -> None:
+def plot_terms(result: BitsPerDim, figure_kind: Any, path: Path) -> None:
     """The terms and the errors of ε and x_0 over the timestep (as in Nichol & Dhariwal 2021, figure 2)."""
-    figure = figure_class(figsize=(9, 3.5), layout="constrained")
+    figure = figure_kind(figsize=(9, 3.5), layout="constrained")
     terms, errors = figure.subplots(1, 2)
     terms.plot(result.timesteps, result.vb, marker="." if len(result.vb) < 50 else None)
     terms.set(ylabel="term of the bound (bits/dim)", yscale="log", xscale="symlog", xlim=(0, None))

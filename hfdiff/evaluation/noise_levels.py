@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..pipelines.guidance import log_likelihood
 from ..schedulers.scheduling_ddpm import DDPMScheduler
+from .plots import figure_class
 
 CALIBRATION_BINS = 15  # as in Guo et al. (2017)
 MEASURES = {"accuracy": "accuracy", "cross_entropy": "cross entropy (nats)", "calibration_error": "calibration error"}
@@ -143,11 +144,7 @@ def plot_noise_levels(rows: Sequence[NoiseBucket], path: str | Path) -> None:
     Raises:
         ValueError: when matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("A plot needs matplotlib, got none; install it with `pip install matplotlib`.") from error
-    figure = Figure(figsize=(9, 3), layout="constrained")
+    figure = figure_class()(figsize=(9, 3), layout="constrained")
     middles = [(row.first_timestep + row.last_timestep) / 2 for row in rows]
     for axes, (name, label) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items()):
         axes.plot(middles, [getattr(row, name) for row in rows], marker="o")

@@ -30,15 +30,14 @@ from .inputs import (
     label_tensor,
 )
 from .optimization import optimize_module
+from .outputs import OUTPUT_TYPES, StepCallback, format_images
 
 GUIDANCE_MODES = ("auto", "mean_shift", "score_shift")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SCORE_PREDICTIONS = ("epsilon", "sample", "v_prediction")  # the model outputs a score shift can be made in
 VARIANCE_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler")  # those that read a learned variance
 OWN_CLIPS = ("clip_sample", "thresholding")  # a scheduler's switches of its own clipping of x_0
 
 Scale = float | Tensor
-StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
 class ClassifierGuidedPipeline(DiffusionPipeline):
@@ -166,7 +165,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
 
         self.maybe_free_model_hooks()
-        images = self._to_images(latents, output_type)
+        images = latents if output_type == "latent" else format_images(latents / 2 + 0.5, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def optimize(self) -> "ClassifierGuidedPipeline":
@@ -222,15 +221,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             return randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
         check_latents(latents, shape, (dtype, model_dtype))
         return latents.to(self._device, dtype)
-
-    def _to_images(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return latents
-        images = (latents / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        array = images.permute(0, 2, 3, 1).float().cpu().numpy()
-        return array if output_type == "np" else self.numpy_to_pil(array)
 
     # --- what the components are -------------------------------------------------------------------------------------
 

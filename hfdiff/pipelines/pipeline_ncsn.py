@@ -3,7 +3,6 @@
 Song & Ermon 2019 and 2020. `timesteps` descends from the largest noise level to the smallest, each repeated.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,10 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from .inputs import check_choice, check_generator, check_latents
+from .outputs import OUTPUT_TYPES, StepCallback, format_images
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Pictures = Image.Image | list[Image.Image] | np.ndarray | Tensor
-StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
 class NCSNPipeline(DiffusionPipeline):
@@ -187,11 +185,7 @@ class NCSNPipeline(DiffusionPipeline):
     def _to_images(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
-        images = (latents if self._from_zero else latents / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        array = images.permute(0, 2, 3, 1).float().cpu().numpy()
-        return array if output_type == "np" else self.numpy_to_pil(array)
+        return format_images(latents if self._from_zero else latents / 2 + 0.5, output_type)
 
 
 def _replace(latents: Tensor, image: Tensor, known: Tensor, noise: Tensor | float = 0.0) -> Tensor:

@@ -90,6 +90,15 @@ def make_betas(schedule: str, num_train_timesteps: int, beta_start: float = 1e-4
     return BETA_SCHEDULES[schedule](num_train_timesteps, beta_start, beta_end)
 
 
+def betas_of(
+    trained_betas: Sequence[float] | None, schedule: str, num_train_timesteps: int, beta_start: float, beta_end: float
+) -> Tensor:
+    """The betas of a scheduler's config, (T,), float64: those trained with, where it has them, else the named ones."""
+    if trained_betas is not None:
+        return torch.as_tensor(trained_betas, dtype=torch.float64)
+    return make_betas(schedule, num_train_timesteps, beta_start, beta_end)
+
+
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """Shifts and scales √ᾱ so that ᾱ_{T-1} = 0 and ᾱ_0 stays (Lin et al. 2024, algorithm 1). (T,) to (T,)."""
     root = torch.cumprod(1 - betas, 0).sqrt()

@@ -19,8 +19,9 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .checks import check_choice, check_shape
 from .gaussian import x0_coefficients
-from .noise import geometric_sigmas, make_betas, rescale_zero_terminal_snr, solve_step_size
+from .noise import betas_of, geometric_sigmas, rescale_zero_terminal_snr, solve_step_size
 
 SIGMA_SCHEDULES = ("geometric", "from_betas")
 PREDICTION_TYPES = ("score", "epsilon", "sample", "v_prediction")
@@ -151,13 +152,9 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: str = "linear",
         trained_betas: list[float] | None = None,
     ) -> None:
-        for name, value, choices in (
-            ("sigma_schedule", sigma_schedule, SIGMA_SCHEDULES),
-            ("sampling", sampling, tuple(SAMPLINGS)),
-            ("prediction_type", prediction_type, PREDICTION_TYPES),
-        ):
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+        check_choice("sigma_schedule", sigma_schedule, SIGMA_SCHEDULES)
+        check_choice("sampling", sampling, tuple(SAMPLINGS))
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         if not isinstance(steps_per_level, int) or steps_per_level < 1:
             raise ValueError(f"`steps_per_level` must be an integer of at least 1, got {steps_per_level!r}.")
         if step_size is not None and not step_size > 0:
@@ -178,7 +175,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             # Another scheduler's defaults are not ones of this class: read them, too.
             config = {name: value for name, value in config.items() if name != "_use_default_values"}
             if config.get("rescale_betas_zero_snr"):
-                betas = _betas(*(config[name] for name in BETAS))
+                betas = betas_of(*(config[name] for name in BETAS))
                 config["trained_betas"] = rescale_zero_terminal_snr(betas).tolist()
             kwargs["sigma_schedule"] = "from_betas"
         return super().from_config(config, return_unused_kwargs, **kwargs)
@@ -194,7 +191,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
     def _sigmas_from_betas(self) -> Tensor:
         """σ_t = √((1-ᾱ_t)/ᾱ_t) of a DDPM, (L,), float64."""
-        betas = _betas(*(self.config[name] for name in BETAS))
+        betas = betas_of(*(self.config[name] for name in BETAS))
         alpha_bar = torch.cumprod(1 - betas, dim=0)
         return ((1 - alpha_bar) / alpha_bar) ** 0.5
 
@@ -349,11 +346,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: for a shape that does not fit, or a timestep outside the loop.
         """
-        for name, tensor in (("model_output", model_output), ("variance_noise", variance_noise)):
-            if tensor is not None and tensor.shape != sample.shape:
-                raise ValueError(
-                    f"`{name}` must have the sample's shape {tuple(sample.shape)}, got {tuple(tensor.shape)}."
-                )
+        check_shape("model_output", model_output, sample)
+        check_shape("variance_noise", variance_noise, sample)
         index = self._current_index(timestep)
         update, dtype = self._updates[index], sample.dtype
         xt, output = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (sample, model_output))
@@ -378,13 +372,6 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         alpha_bar = 1 / (1 + sigma**2)
         on_xt, on_output = x0_coefficients(self.config.prediction_type, alpha_bar)  # of the model's input √ᾱ x_t
         return (on_xt * alpha_bar**0.5 - 1) * xt + on_output * output
-
-
-def _betas(trained_betas: list[float] | None, schedule: str, count: int, start: float, end: float) -> Tensor:
-    """The betas of a config's entries named in `BETAS`, (T,), float64."""
-    if trained_betas is not None:
-        return torch.as_tensor(trained_betas, dtype=torch.float64)
-    return make_betas(schedule, count, start, end)
 
 
 def corrector_gain(pull: Tensor, noise: Tensor, sigma: float, snr: float) -> Tensor:

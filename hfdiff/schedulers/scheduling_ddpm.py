@@ -17,8 +17,9 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .checks import check_choice, check_shape
 from .gaussian import clip_x0_, posterior, x0_coefficients
-from .noise import make_betas, rescale_zero_terminal_snr, space_timesteps
+from .noise import betas_of, rescale_zero_terminal_snr, space_timesteps
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED_VARIANCES)
@@ -134,13 +135,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        _check_choice("variance_type", variance_type, VARIANCE_TYPES)
-        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        if trained_betas is None:
-            betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
-        else:
-            betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+        check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        betas = betas_of(trained_betas, beta_schedule, num_train_timesteps, beta_start, beta_end)
         self.betas = rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
@@ -368,8 +366,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             ValueError: for a shape that does not fit, or a timestep outside the chain.
         """
         output, learned = self._split(model_output, sample)
-        _check_shape("variance_noise", variance_noise, sample)
-        _check_shape("guidance", guidance, sample)
+        check_shape("variance_noise", variance_noise, sample)
+        check_shape("guidance", guidance, sample)
         dtype = sample.dtype
         if dtype in (torch.float16, torch.bfloat16):
             sample, output = sample.float(), output.float()
@@ -426,13 +424,3 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 def _add_scaled(total: Tensor, term: Tensor, scale: float | Tensor) -> Tensor:
     """total + scale · term, in place for one scale (the tensors here are the step's own)."""
     return total.add_(term, alpha=scale) if isinstance(scale, float) else total.addcmul_(term, scale)
-
-
-def _check_shape(name: str, tensor: Tensor | None, sample: Tensor) -> None:
-    if tensor is not None and tensor.shape != sample.shape:
-        raise ValueError(f"`{name}` must have the sample's shape {tuple(sample.shape)}, got {tuple(tensor.shape)}.")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")

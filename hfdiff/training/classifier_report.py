@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from ..cli import draw, judge_labels
 from ..evaluation.noise_levels import (
@@ -16,12 +15,12 @@ from ..evaluation.noise_levels import (
     plot_noise_levels,
     save_noise_levels,
 )
-from ..images import image_grid
 from ..models.noisy_classifier import NoisyClassifier
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..schedulers.scheduling_ddpm import DDPMScheduler
 from .card import Measurement
 from .data import LabelledImages, derive_seed, make_generator
+from .samples import save_grid
 from .sources import reading_model
 
 MEASURES = {
@@ -30,7 +29,6 @@ MEASURES = {
     "calibration_error": "expected calibration error on noisy images (15 bins)",
 }
 CLASSES_DRAWN = 16  # at most, the first ones
-PIXELS_SHOWN = 64  # small images are enlarged to about this size
 
 
 def judge_noise_levels(
@@ -94,8 +92,7 @@ def report_samples(
     steps = min(steps, pipe.scheduler.config.num_train_timesteps)
     pipe.set_progress_bar_config(desc="Samples", leave=False)
     images = draw(pipe, labels, derive_seed(seed, "samples", 0), None, steps)
-    pictures = DiffusionPipeline.numpy_to_pil(images / np.float32(255))
-    image_grid(pictures, per_class, scale=max(1, PIXELS_SHOWN // images.shape[1])).save(folder / "samples.png")
+    save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), folder / "samples.png", per_class)
     if judge is None:
         return []
     seen = judge_labels(load_judge(judge, pipe.classifier), images)

@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
@@ -48,8 +49,9 @@ def draw_images(
     return torch.cat(drawn)
 
 
-def save_grid(images: Tensor, path: Path) -> None:
-    """Writes images, bytes (N, C, H, W), as a picture of about as many rows as columns."""
-    pictures = DiffusionPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy() / 255)
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
+    """Writes images, bytes (N, C, H, W), as a picture, of about as many rows as columns by default."""
+    pictures = DiffusionPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy() / np.float32(255))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(pictures, columns=round(len(images) ** 0.5), scale=max(1, PIXELS_SHOWN // images.shape[-1])).save(path)
+    scale = max(1, PIXELS_SHOWN // images.shape[-1])
+    image_grid(pictures, columns or round(len(images) ** 0.5), scale).save(path)

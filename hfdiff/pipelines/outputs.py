@@ -1,0 +1,19 @@
+"""What pipelines give back, and whom they call on the way."""
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+def format_images(images: Tensor, output_type: str) -> Any:
+    """Images (B, C, H, W), clamped to [0, 1], as "pt", "np" (B, H, W, C) or "pil"."""
+    images = images.clamp(0, 1)
+    if output_type == "pt":
+        return images
+    array = images.permute(0, 2, 3, 1).float().cpu().numpy()
+    return array if output_type == "np" else DiffusionPipeline.numpy_to_pil(array)
