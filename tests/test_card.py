@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import CommitOperationAdd, ModelCard
 from jsonargparse.typing import PositiveInt
 
+from hfdiff import NoisyClassifier, hub
 from hfdiff.training import card
 from hfdiff.training.config import TrainingSettings, parse_settings
 from hfdiff.training.data import LabelledImages
@@ -86,22 +86,33 @@ class StubApi:
     role = "write"
     calls: ClassVar[list] = []
 
+    def __init__(self, token: str | bool | None = None) -> None:
+        pass
+
     def whoami(self) -> dict[str, Any]:
         return {"name": "somebody", "auth": {"accessToken": {"role": self.role}}}
 
-    def create_repo(self, repo_id: str, exist_ok: bool) -> Any:
+    def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> Any:
         self.calls.append(("create_repo", repo_id, exist_ok))
         return type("Url", (), {"repo_id": repo_id})
 
-    def upload_folder(self, **arguments: Any) -> None:
-        self.calls.append(("upload_folder", arguments))
+    def create_commit(self, repo_id: str, operations: list[CommitOperationAdd], **arguments: Any) -> Any:
+        self.calls.append(("create_commit", repo_id, [operation.path_in_repo for operation in operations]))
+        return type("Commit", (), {"pr_url": None, "commit_url": "address"})
 
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> type[StubApi]:
     monkeypatch.setattr(StubApi, "calls", [])
-    monkeypatch.setattr(card, "HfApi", StubApi)
+    monkeypatch.setattr(hub, "HfApi", StubApi)
     return StubApi
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    NoisyClassifier(8, 1, 10, model_channels=8, num_head_channels=8, norm_num_groups=4).save_pretrained(tmp_path)
+    write(tmp_path)
+    return tmp_path
 
 
 def test_the_repository_is_made_before_the_training_and_named_like_the_output(api: type[StubApi]) -> None:
@@ -131,23 +142,23 @@ def test_without_a_token_the_run_is_refused_in_one_line(monkeypatch: pytest.Monk
 
 
 def test_a_failed_upload_says_where_the_model_is(
-    api: type[StubApi], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    api: type[StubApi], monkeypatch: pytest.MonkeyPatch, model: Path
 ) -> None:
-    def fail(self: StubApi, **arguments: Any) -> None:
-        raise RuntimeError("the line is cut\nmore of it")
+    def fail(self: StubApi, *arguments: Any, **named: Any) -> None:
+        raise RuntimeError("the line is cut\nonce more")
 
-    monkeypatch.setattr(api, "upload_folder", fail)
-    with pytest.raises(ConnectionError, match=rf"{tmp_path}.*team/model.*the line is cut; try"):
-        card.publish(tmp_path, "team/model")
+    monkeypatch.setattr(api, "create_commit", fail)
+    with pytest.raises(ConnectionError, match=rf"{model}.*team/model.*the line is cut once more. Try"):
+        card.publish(model, "team/model")
 
 
-def test_checkpoints_and_logs_stay_at_home(api: type[StubApi], tmp_path: Path) -> None:
-    card.publish(tmp_path, "team/model")
-    ((_, arguments),) = api.calls
-    assert (arguments["repo_id"], arguments["folder_path"]) == ("team/model", tmp_path)
-    model = ["README.md", "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
-    picture = ["samples.png", "samples/step-100.png", "noise_levels.csv"]
+def test_checkpoints_and_logs_stay_at_home(api: type[StubApi], model: Path) -> None:
+    sent = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "noise_levels.csv", "samples.png"]
     rest = ["checkpoint-10/model.safetensors", "checkpoint-10/manifest.json", "logs/hfdiff/events.out", "log.jsonl"]
     rest += ["validation.jsonl", "checkpoint-20.partial/model.safetensors", "model.partial/unet/config.json"]
-    sent = filter_repo_objects([*model, *picture, *rest], ignore_patterns=arguments["ignore_patterns"])
-    assert list(sent) == [*model, *picture]
+    for name in [*sent[3:], *rest, "samples/step-100.png"]:
+        path = model / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    card.publish(model, "team/model")
+    assert api.calls[-1] == ("create_commit", "team/model", [*sent[:4], "samples/step-100.png", sent[4]])

@@ -5,7 +5,6 @@ image; *progress* runs the same way, from 0 at the first step to 1 at the last.
 """
 
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -14,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from .gaussian import clip_x0_, convert, from_x0, to_x0
 from .guidance import classifier_gradient, shift_epsilon
+from .hub_mixin import HubMixin
 from .inputs import (
     Labels,
     check_choice,
@@ -40,7 +39,7 @@ OWN_CLIPS = ("clip_sample", "thresholding")  # a scheduler's switches of its own
 Scale = float | Tensor
 
 
-class ClassifierGuidedPipeline(DiffusionPipeline):
+class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     """Samples p(x | y) ∝ p(x) p(y | x)^w with an unconditional diffusion model and a classifier of noisy images.
 
     Each step uses g = w ∇ log p(y | x_t): as Σ g on the mean, where the scheduler's `step` takes `guidance` (Dhariwal &
@@ -72,21 +71,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, classifier=classifier, scheduler=scheduler)
         self.register_to_config(default_guidance_scale=default_guidance_scale)
         self._check_components()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> "ClassifierGuidedPipeline":
-        """Loads a pipeline from a local folder, or from a Hub id at a `revision` if one is given.
-
-        Takes the arguments of `DiffusionPipeline.from_pretrained`. Differs from diffusers, which refuses a Hub
-        repository with components of another library: its files are downloaded first, then loaded as a folder.
-        """
-        if not os.path.isdir(pretrained_model_name_or_path):
-            names = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-            options = {name: kwargs.pop(name) for name in names if name in kwargs}
-            pretrained_model_name_or_path = snapshot_download(str(pretrained_model_name_or_path), **options)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @torch.no_grad()
     def __call__(

@@ -12,13 +12,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from .hub_mixin import HubMixin
 from .inputs import check_choice, check_generator, check_latents
 from .outputs import OUTPUT_TYPES, StepCallback, format_images
 
 Pictures = Image.Image | list[Image.Image] | np.ndarray | Tensor
 
 
-class NCSNPipeline(DiffusionPipeline):
+class NCSNPipeline(HubMixin, DiffusionPipeline):
     """Samples p(x) by Langevin dynamics through falling noise levels, with the score network of each.
 
     Args:

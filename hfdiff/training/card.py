@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
+from ..hub import open_repository, push
 from .config import TrainingSettings
 from .data import LabelledImages
 from .sources import DIGITS
 
 PACKAGES = ("hfdiff", "torch", "diffusers", "accelerate", "datasets")
 NAMES_SHOWN = 20  # classes that a card lists by name
-NOT_PUBLISHED = ["checkpoint-*", "logs/*", "*.jsonl", "*.partial*"]  # `*` also matches slashes
 
 CARD = """---
 {metadata}
@@ -151,23 +151,17 @@ def find_repository(settings: TrainingSettings) -> str | None:
     """
     if not settings.push_to_hub:
         return None
-    api = HfApi()
     try:
-        user = api.whoami()
-        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise ValueError("the token may only read")
-        name = settings.hub_model_id or f"{user['name']}/{Path(settings.output_dir).resolve().name}"
-        return api.create_repo(name, exist_ok=True).repo_id
-    except Exception as error:  # the client's errors have no base class of their own
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        return open_repository(settings.hub_model_id or Path(settings.output_dir).resolve().name)
+    except (ValueError, OSError) as error:
         raise ValueError(
-            f"`push_to_hub` needs a Hub repository to write to, got hub_model_id={settings.hub_model_id!r}: {reason}; "
-            "log in with `hf auth login`, or leave it out."
+            f"`push_to_hub` needs a Hub repository to write to, got hub_model_id={settings.hub_model_id!r}: {error} Or "
+            "leave it out."
         ) from error
 
 
 def publish(folder: str | Path, repository: str) -> None:
-    """Uploads a trained folder, without checkpoints and logs.
+    """Uploads a trained folder with the code that opens it, without checkpoints and logs.
 
     Args:
         folder: of the model or pipeline, with its card.
@@ -177,15 +171,9 @@ def publish(folder: str | Path, repository: str) -> None:
         ConnectionError: when the Hub does not take it; the folder is as it was.
     """
     try:
-        HfApi().upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message="Upload the trained model",
-            ignore_patterns=NOT_PUBLISHED,
-        )
-    except Exception as error:  # as above
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        push(folder, repository, commit_message="Upload the trained model", picture=False)
+    except (ValueError, OSError) as error:
         raise ConnectionError(
-            f"The trained model is in {str(folder)!r}, but could not be uploaded to {repository!r}: {reason}; try the "
+            f"The trained model is in {str(folder)!r}, but could not be uploaded to {repository!r}: {error} Try the "
             "same command again with `--resume_from_checkpoint latest`."
         ) from error

@@ -1,0 +1,78 @@
+"""Opening, saving and publishing, which all pipelines have in common."""
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .hub_download import OPTIONS, fetch
+from .portable import PACKAGE, add_code, use_imported
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as Base
+else:
+    Base = object  # diffusers takes every pipeline class that a file has for the one to open
+
+
+class HubMixin(Base):
+    """A pipeline that opens from the Hub without its code being run, and carries its code for those without hfdiff."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Loads a pipeline from a local folder, or from a Hub id at a `revision` if one is given.
+
+        Takes the arguments of `DiffusionPipeline.from_pretrained`. Differs from diffusers, which asks for
+        `trust_remote_code` where a folder carries code: the classes of this package are used instead of it. The files
+        of a Hub repository are downloaded first, checked, then loaded as a folder.
+
+        Raises:
+            ValueError: for a name that is neither a folder nor a Hub id, or a `variant` that is not there.
+            OSError: when the pipeline cannot be had or is damaged, in one sentence.
+        """
+        name, folder = str(pretrained_model_name_or_path), pretrained_model_name_or_path
+        if not os.path.isdir(folder):
+            options = {option: kwargs.pop(option) for option in OPTIONS if option in kwargs}
+            code = kwargs.get("trust_remote_code", False)
+            folder = fetch(name, variant=kwargs.get("variant"), code=code, **options)
+        pipe = super().from_pretrained(folder, **kwargs)
+        pipe.register_to_config(_name_or_path=name)
+        return pipe
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """The content of `model_index.json`, with this package's classes in place of the folder's code."""
+        config = super().load_config(*args, **kwargs)
+        return (use_imported(config[0]), *config[1:]) if isinstance(config, tuple) else use_imported(config)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves a folder that opens with hfdiff, and with diffusers alone by `trust_remote_code=True`.
+
+        Args:
+            save_directory: the folder.
+            safe_serialization: as safetensors, not as pickles.
+            variant: of the weights' file names, like "fp16".
+            max_shard_size: of a file of weights, in bytes or like "5GB".
+            push_to_hub: publish it, too, as `repo_id`, by default the folder's name.
+            kwargs: those of `push_to_hub`.
+        """
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
+        add_code(save_directory, type(self))
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, variant=variant, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publishes the pipeline with its code and its card: [`hfdiff.hub.push`], whose arguments it takes.
+
+        Where the pipeline was opened without hfdiff, the card and the arguments are those of diffusers.
+        """
+        if PACKAGE == "hfdiff":
+            return import_module("hfdiff.hub").push(self, repo_id, **kwargs)
+        return super().push_to_hub(repo_id, **kwargs)
