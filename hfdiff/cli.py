@@ -10,10 +10,12 @@ import diffusers
 import numpy as np
 import torch
 
-from .commands import bits_per_dim, evaluate
+from .commands import bits_per_dim, evaluate, push, sweep
+from .evaluation.sampling import class_indices, scheduler_class
 from .images import image_grid, to_bytes
 from .models.noisy_classifier import NoisyClassifier
 from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from .training.process import is_first_process
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 BATCH_SIZE = 100
@@ -32,7 +34,7 @@ def draw(
     return np.concatenate(batches)
 
 
-def save(images: np.ndarray, labels: Sequence[int], output: Path, columns: int) -> None:
+def save(images: np.ndarray, labels: Sequence[int | str], output: Path, columns: int) -> None:
     """Writes images as an npz file (arr_0, arr_1), a grid, or a folder of one file each, by the output's suffix."""
     output.parent.mkdir(parents=True, exist_ok=True)
     pictures = diffusers.DiffusionPipeline.numpy_to_pil(images / np.float32(255))
@@ -46,15 +48,6 @@ def save(images: np.ndarray, labels: Sequence[int], output: Path, columns: int) 
             picture.save(output / f"{index:05d}_{label}.png")
 
 
-def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:
-    """A scheduler of diffusers by its class name, with or without its "Scheduler"."""
-    known = [key for key in dir(diffusers) if key.endswith("Scheduler")]
-    for candidate in (name, f"{name}Scheduler"):
-        if candidate in known:
-            return getattr(diffusers, candidate)
-    raise ValueError(f"`--scheduler` must be a scheduler of diffusers, got {name!r}; choose among {', '.join(known)}.")
-
-
 def sample(args: argparse.Namespace) -> None:
     """Draws `num` images of each label and writes them."""
     if args.num < 1:
@@ -62,9 +55,7 @@ def sample(args: argparse.Namespace) -> None:
     pipe = ClassifierGuidedPipeline.from_pretrained(args.pipeline)
     if args.scheduler is not None:
         pipe.scheduler = scheduler_class(args.scheduler).from_config(pipe.scheduler.config)
-    ids = {name: index for index, name in pipe.classifier.id2label.items()}
-    labels = [ids.get(label, int(label) if label.isdecimal() else label) for label in args.labels]
-    labels = [label for label in labels for _ in range(args.num)]
+    labels = [label for label in class_indices(args.labels, pipe.classifier.id2label) for _ in range(args.num)]
     images = draw(pipe, labels, args.seed, args.scale, args.steps)
     save(images, labels, args.output, columns=args.num if args.num > 1 else len(labels))
     print(f"{len(images)} images: {args.output}")
@@ -129,6 +120,8 @@ def parser() -> argparse.ArgumentParser:
 
     bits_per_dim.add_parser(commands)
     evaluate.add_parser(commands)
+    sweep.add_parser(commands)
+    push.add_parser(commands)
     return root
 
 
@@ -138,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, OSError) as error:
-        print(f"hfdiff {args.command}: {error}", file=sys.stderr)
+        if is_first_process() or isinstance(error, OSError):  # what all find, one tells
+            print(f"hfdiff {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,5 +1,6 @@
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +10,16 @@ from torch import nn
 
 from hfdiff import NoisyClassifier
 from hfdiff.commands import evaluate as command
-from hfdiff.evaluation.evaluate import METRICS, EvaluationSettings, evaluate
+from hfdiff.evaluation.accuracy import class_accuracy
+from hfdiff.evaluation.evaluate import Evaluator, evaluate
 from hfdiff.evaluation.feature_set import Reference, compute_statistics, open_reference
 from hfdiff.evaluation.features import ImageFeatures, ModuleFeatures
 from hfdiff.evaluation.inception_score import inception_score
 from hfdiff.evaluation.kernel_distance import kernel_inception_distance
+from hfdiff.evaluation.metric_set import METRICS, EvaluationSettings
 from hfdiff.evaluation.metrics import frechet_distance
 from hfdiff.evaluation.precision_recall import precision_recall
+from hfdiff.evaluation.report import read_report
 from hfdiff.evaluation.sources import images_in_memory
 from hfdiff.evaluation.statistics import feature_statistics, save_statistics
 
@@ -44,11 +48,13 @@ def random_images(count, seed, least=0):
 
 
 SAMPLES, REAL = random_images(60, 0), random_images(50, 1)
+LABELS = torch.arange(60) % 3
 SETTINGS = EvaluationSettings(batch_size=17, is_split_size=30, kid_subset_size=20, kid_num_subsets=5, seed=3)
 
 
 def test_metrics_are_those_of_the_features(corner):
-    report = evaluate(images_in_memory(SAMPLES), Reference(images_in_memory(REAL)), corner, list(METRICS), SETTINGS)
+    samples = images_in_memory(SAMPLES, labels=LABELS)
+    report = evaluate(samples, Reference(images_in_memory(REAL)), corner, list(METRICS), SETTINGS)
     fake, real = Corner()(SAMPLES), Corner()(REAL)
     generator = torch.Generator().manual_seed(3)
     precision, recall = precision_recall(real.pooled, fake.pooled)
@@ -59,6 +65,8 @@ def test_metrics_are_those_of_the_features(corner):
         "precision": precision,
         "recall": recall,
         "sfid": frechet_distance(*feature_statistics(fake.spatial)[:2], *feature_statistics(real.spatial)[:2]),
+        "accuracy": class_accuracy(fake.probs, LABELS).overall,
+        "worst_class_accuracy": class_accuracy(fake.probs, LABELS).worst,
     }
     assert {name: report.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     assert report.metrics["fid_infinity"] < report.metrics["fid"]
@@ -66,10 +74,30 @@ def test_metrics_are_those_of_the_features(corner):
 
 
 def test_a_metric_does_not_depend_on_the_others(corner):
-    together = evaluate(images_in_memory(SAMPLES), Reference(images_in_memory(REAL)), corner, list(METRICS), SETTINGS)
+    samples, reference = images_in_memory(SAMPLES, labels=LABELS), Reference(images_in_memory(REAL))
+    together = evaluate(samples, reference, corner, list(METRICS), SETTINGS)
     for name in METRICS:
-        alone = evaluate(images_in_memory(SAMPLES), Reference(images_in_memory(REAL)), corner, [name], SETTINGS)
+        alone = evaluate(samples, reference, corner, [name], SETTINGS)
         assert alone.metrics == {name: pytest.approx(together.metrics[name], rel=1e-12)}
+
+
+def test_the_reference_is_gone_through_once(corner):
+    passes = []
+    real = images_in_memory(REAL)
+
+    def batches(size):
+        passes.append(size)
+        return real.batches(size)
+
+    evaluator = Evaluator(Reference(replace(real, batches=batches)), corner, ["fid", "recall"], SETTINGS)
+    first, second = (evaluator(images_in_memory(random_images(60, seed))) for seed in (0, 2))
+    assert len(passes) == 1
+    assert first.metrics["fid"] != second.metrics["fid"]
+    expected = evaluate(images_in_memory(SAMPLES), Reference(real), corner, ["fid", "recall"], SETTINGS)
+    assert first.metrics == expected.metrics
+    assert evaluator.inputs(images_in_memory(SAMPLES)) == {
+        name: getattr(first, name) for name in ("samples", "reference", "features", "settings")
+    }
 
 
 def test_cached_statistics_give_the_same_distances(corner, tmp_path):
@@ -108,6 +136,7 @@ def test_report_says_what_was_measured(corner, tmp_path):
     assert written["settings"]["seed"] == 3
     assert {"python", "hfdiff", "torch"} <= set(written["versions"])
     assert "15 images are few" in written["warnings"][0]
+    assert read_report(tmp_path / "new" / "report.json") == report
     markdown = report.to_markdown()
     assert f"| fid | {report.metrics['fid']:.6g} |" in markdown
     assert "15 images are few" in markdown
@@ -141,6 +170,7 @@ def test_samples_sorted_by_class_and_other_sizes_are_warned_of():
         (["kid"], Reference(), Corner(), "`reference` must have images for kid, got none"),
         (["is"], Reference(), NoClasses(), "class probabilities for is, got none from 'net'"),
         (["sfid"], Reference(images_in_memory(REAL)), NoClasses(), "spatial features for sfid"),
+        (["accuracy"], Reference(), Corner(), "`samples` must have labels for accuracy, got none"),
         (["fid"], Reference(images_in_memory(REAL)), NoClasses(), "finite.*NaN"),
     ],
 )
@@ -183,7 +213,7 @@ def folder(tmp_path_factory):
         sample_size=8, in_channels=1, num_classes=3, model_channels=8, channel_mult=(1,), norm_num_groups=4,
         num_head_channels=8, attention_downsamples=()
     ).save_pretrained(path / "classifier")  # fmt: skip
-    np.savez(path / "samples.npz", SAMPLES.permute(0, 2, 3, 1).numpy())
+    np.savez(path / "samples.npz", SAMPLES.permute(0, 2, 3, 1).numpy(), LABELS.numpy())
     (path / "real").mkdir()
     for index, image in enumerate(REAL):
         Image.fromarray(image[0].numpy()).save(path / "real" / f"{index:02d}.png")

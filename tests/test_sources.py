@@ -38,6 +38,19 @@ def test_folder_and_npz_give_the_stored_bytes(pixels, tmp_path):
             np.testing.assert_array_equal(read(source, size), pixels)
 
 
+def test_labels_of_npz_files(pixels, tmp_path):
+    """Integers, one per image; other second arrays are not labels."""
+    for labels, expected in [
+        (np.arange(7, dtype=np.int32), list(range(7))),
+        (np.arange(7.0), None),
+        (np.arange(6), None),
+        (np.zeros((7, 2), int), None),
+    ]:
+        np.savez(tmp_path / "images.npz", pixels, labels)
+        found = open_images(tmp_path / "images.npz").labels
+        assert (None if found is None else found.tolist()) == expected
+
+
 def test_grey_images(pixels, tmp_path):
     grey = pixels[..., :1]
     np.savez(tmp_path / "grey.npz", grey)

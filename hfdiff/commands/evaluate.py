@@ -1,47 +1,54 @@
-"""`hfdiff evaluate`: FID, Inception Score, KID, precision, recall and sFID of images, with their provenance."""
+"""`hfdiff evaluate`: FID, Inception Score, KID, precision, recall, sFID and accuracy, with their provenance.
+
+Of images that are there, or of a pipeline's, drawn on the spot; under `accelerate launch` all processes draw.
+"""
 
 import argparse
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.evaluate import METRICS, EvaluationSettings, evaluate
+from ..evaluation.evaluate import Evaluator
 from ..evaluation.feature_set import Reference, compute_statistics, open_reference
 from ..evaluation.features import FeatureExtractor, load_features
-from ..evaluation.report import check_report_path
+from ..evaluation.metric_set import METRICS, EvaluationSettings
+from ..evaluation.report import Report, check_report_path
+from ..evaluation.sample_files import default_folder, draw_samples, join_processes, only_main
+from ..evaluation.sampling import INDEX, Sampler, open_pipeline
 from ..evaluation.sources import open_images
 from ..evaluation.statistics import save_statistics
+from ..training.process import is_first_process
+from .evaluation_flags import (
+    add_measuring_flags,
+    add_sampling_flags,
+    evaluation_settings,
+    refuse_sampling_flags,
+    sampling_settings,
+)
 
-HELP = {
-    "batch_size": "images per call of the network",
-    "is_split_size": "images of each split of the Inception Score; splits are of consecutive images",
-    "kid_subset_size": "images of each of KID's subsets, at most",
-    "kid_num_subsets": "how many subsets",
-    "nearest": "the neighbour k of precision and recall",
-    "seed": "of the subsets of kid and fid_infinity",
-}
+IMAGES = "a folder of images, an npz file with arr_0, a parquet file, a dataset's folder or Hub id"
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `hfdiff`."""
     command = commands.add_parser(
-        "evaluate", help="measure images against a reference: FID, IS, KID, precision, recall"
+        "evaluate", help="measure images or a pipeline: FID, IS, KID, precision, recall, accuracy"
     )
     command.set_defaults(run=run)
-    images = "a folder of images, an npz file with arr_0, a parquet file, a dataset's folder or Hub id"
-    command.add_argument("--samples", help=f"the images to measure: {images}")
-    command.add_argument("--reference", help=f"the real images: {images}; or an npz file of statistics (mu, sigma)")
     command.add_argument(
-        "--features", required=True, help='"inception", or "classifier:" and a folder or Hub id of an image classifier'
+        "--samples", help=f"the images to measure: {IMAGES}; or a pipeline's, with --num_images, to draw them"
     )
-    command.add_argument("--weights", type=Path, help="file of Inception's weights; downloaded by default")
+    command.add_argument("--reference", help=f"the real images: {IMAGES}; or an npz file of statistics (mu, sigma)")
+    add_measuring_flags(command)
     command.add_argument("--metrics", default="fid,fid_infinity", help=f"some of {','.join(METRICS)}")
-    command.add_argument("--split", default="train", help="of datasets that have some")
     command.add_argument("--output", type=Path, help="report.json or report.md")
     command.add_argument("--save_statistics", type=Path, help="keep the reference's statistics in this npz file")
-    for setting in fields(EvaluationSettings):
-        command.add_argument(f"--{setting.name}", type=int, default=setting.default, help=HELP[setting.name])
+    drawing = command.add_argument_group("to draw images from a pipeline")
+    add_sampling_flags(drawing)
+    drawing.add_argument("--guidance_scale", type=float, help="the pipeline's own by default, 0 is off")
+    drawing.add_argument("--num_inference_steps", type=int, help="model calls per image; the pipeline's own by default")
+    drawing.add_argument("--scheduler", help="a scheduler of diffusers, like DDIM; the pipeline's own by default")
+    drawing.add_argument("--samples_dir", type=Path, help="where the images go; a folder of out/samples by default")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,20 +57,50 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: for arguments that do not fit, images, statistics or a network that cannot be read.
     """
-    settings = EvaluationSettings(
-        **{setting.name: getattr(args, setting.name) for setting in fields(EvaluationSettings)}
-    )
+    settings = evaluation_settings(args)
     _check_arguments(args)
-    samples = open_images(args.samples, args.split) if args.samples else None
+    if _draws(args):
+        _evaluate_pipeline(args, settings)
+        return
+    refuse_sampling_flags(args)
+    if is_first_process():  # files are measured by one
+        samples = open_images(args.samples, args.split) if args.samples else None
+        evaluator = _open_evaluator(args, settings)
+        if samples is not None:
+            _tell(evaluator(samples), args.output)
+
+
+def _draws(args: argparse.Namespace) -> bool:
+    """Whether the samples are to be drawn: from a pipeline's folder, or a Hub id, if it is said how many."""
+    if args.samples is None or Path(args.samples).exists():
+        return args.samples is not None and Path(args.samples, INDEX).is_file()
+    return args.num_images is not None
+
+
+def _evaluate_pipeline(args: argparse.Namespace, settings: EvaluationSettings) -> None:
+    sampling = sampling_settings(args)
+    accelerator = join_processes()
+    evaluator = only_main(accelerator, lambda: _open_evaluator(args, settings))
+    sampler = Sampler(open_pipeline(args.samples, accelerator.device), sampling)
+    if evaluator is not None:
+        evaluator.check_labels(sampler.labels, args.samples)
+    samples = draw_samples(sampler, args.samples_dir or default_folder(sampler), accelerator)
+    if evaluator is not None:
+        _tell(evaluator(open_images(samples)), args.output)
+
+
+def _open_evaluator(args: argparse.Namespace, settings: EvaluationSettings) -> Evaluator:
+    """Everything but the samples, so that what does not fit is found before any are drawn."""
     reference = open_reference(args.reference, args.split) if args.reference else Reference()
     extractor = load_features(args.features, weights=args.weights)
     if args.save_statistics:
         reference = _save(reference, extractor, args.save_statistics, settings.batch_size)
-    if samples is None:
-        return
-    report = evaluate(samples, reference, extractor, args.metrics.split(","), settings)
-    if args.output:
-        report.write(args.output)
+    return Evaluator(reference, extractor, args.metrics.split(","), settings)
+
+
+def _tell(report: Report, output: Path | None) -> None:
+    if output is not None:
+        report.write(output)
     print(report.to_table())
     for text in report.warnings:
         print(f"warning: {text}", file=sys.stderr)

@@ -1,11 +1,13 @@
 """Measures of models and of generated images."""
 
+from .accuracy import ClassAccuracy, class_accuracy
 from .bits_per_dim import BitsPerDim, bits_per_dim, spread_timesteps
-from .evaluate import EvaluationSettings, evaluate
+from .evaluate import Evaluator, evaluate
 from .feature_set import Reference, compute_statistics, open_reference
 from .features import ImageFeatures, ModuleFeatures, load_features
 from .inception_score import inception_score
 from .kernel_distance import kernel_inception_distance
+from .metric_set import EvaluationSettings
 from .metrics import frechet_distance, frechet_distance_infinity
 from .noise_levels import NoiseBucket, evaluate_noise_levels, expected_calibration_error
 from .precision_recall import PrecisionRecall, precision_recall
@@ -14,7 +16,9 @@ from .statistics import FeatureStatistics, RunningStatistics, feature_statistics
 
 __all__ = [
     "BitsPerDim",
+    "ClassAccuracy",
     "EvaluationSettings",
+    "Evaluator",
     "FeatureStatistics",
     "ImageFeatures",
     "ImageSource",
@@ -24,6 +28,7 @@ __all__ = [
     "Reference",
     "RunningStatistics",
     "bits_per_dim",
+    "class_accuracy",
     "compute_statistics",
     "evaluate",
     "evaluate_noise_levels",

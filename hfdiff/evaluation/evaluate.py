@@ -1,126 +1,121 @@
 """Metrics of a set of images, each network called once per image, with a report of what was compared."""
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from .feature_set import STATISTICS, Reference, collect, collect_reference, first_features
 from .features import FeatureExtractor, ImageFeatures
-from .inception_score import SPLIT_SIZE, inception_score, split_inception_scores
-from .kernel_distance import subset_kernel_distances
-from .metrics import frechet_distance, frechet_distance_infinity, small_sample_warning
-from .precision_recall import precision_recall
+from .inception_score import inception_score
+from .metric_set import LABELS, METRICS, EvaluationSettings, Value
+from .metrics import small_sample_warning
 from .report import Report
 from .sources import ImageSource
-from .statistics import FeatureStatistics, StatisticsFile
+from .statistics import StatisticsFile
 
 SORTED_SPLITS = 0.8  # of the score of all images: splits that have less are not alike
-FRECHET = {
-    "fid": "pooled",
-    "fid_infinity": "pooled",
-    "sfid": "spatial",
-}  # metrics with a bias that is known, and their features
+FRECHET = {"fid": "pooled", "fid_infinity": "pooled", "sfid": "spatial"}  # metrics of known bias, and their features
 SAME_FEATURES = ("weights_sha256", "resize")  # of a record of provenance
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How the metrics are computed.
+class Evaluator:
+    """Computes metrics of sets of generated images against one reference, which is gone through once.
 
     Args:
-        batch_size: images per call of the network.
-        is_split_size: images of each split of the Inception Score.
-        kid_subset_size: images of each of KID's subsets, at most; all where there are fewer.
-        kid_num_subsets: how many subsets.
-        nearest: the neighbour k of precision and recall.
-        seed: of the subsets.
+        reference: the real images; `Reference()` where no metric needs them.
+        extractor: gives the features.
+        metrics: names of [`METRICS`].
+        settings: of the metrics; by default the usual ones.
 
     Raises:
-        ValueError: for a number below 1, or a negative seed.
+        ValueError: for a metric that is unknown or needs a reference that is not there.
     """
 
-    batch_size: int = 256
-    is_split_size: int = SPLIT_SIZE
-    kid_subset_size: int = 1000
-    kid_num_subsets: int = 100
-    nearest: int = 3
-    seed: int = 0
+    def __init__(
+        self,
+        reference: Reference,
+        extractor: FeatureExtractor,
+        metrics: Sequence[str] = ("fid",),
+        settings: EvaluationSettings | None = None,
+    ) -> None:
+        _check_metrics(metrics, reference)
+        self.reference, self.extractor, self.settings = reference, extractor, settings or EvaluationSettings()
+        self.metrics = {name: METRICS[name] for name in metrics}
+        self._parts: dict[str, Any] | None = None
 
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            least = 0 if name == "seed" else 1
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    def check_labels(self, labels: Tensor | None, name: str) -> None:
+        """Refuses images that lack the classes they were asked to be of, where a metric needs them.
 
-    def generator(self) -> torch.Generator:
-        """A source of subsets for one metric, so that it does not depend on the others that are asked for."""
-        return torch.Generator().manual_seed(self.seed)
+        Raises:
+            ValueError: then.
+        """
+        if labels is None and any(metric.reference == LABELS for metric in self.metrics.values()):
+            raise ValueError(
+                f"`samples` must have labels for accuracy, got none in {name!r}; sample a pipeline that takes some, or "
+                "give an npz file with integers (N,) in arr_1."
+            )
 
+    def inputs(self, samples: ImageSource) -> dict[str, Any]:
+        """What a report of these images says beside its results; two that agree in it agree in the results.
 
-class Value(NamedTuple):
-    """A metric's value, and its standard deviation over splits or subsets, where it has some."""
+        Raises:
+            ValueError: for images, labels or statistics that do not fit the features and the metrics.
+        """
+        return self._inputs(samples, self._check(samples))
 
-    mean: float
-    std: float | None = None
+    def __call__(self, samples: ImageSource) -> Report:
+        """Computes the metrics of generated images.
 
+        Raises:
+            ValueError: for statistics of other features, labels that are not there, images that cannot be read, or
+                features that are not finite. What can be found before going through the images is.
+        """
+        first = self._check(samples)
+        references = {LABELS: samples.labels, **self._reference_parts()}
+        needs = {metric.samples for metric in self.metrics.values()}
+        parts = collect(samples, self.extractor, needs, self.settings.batch_size)
+        values: dict[str, Value] = {}
+        for name, metric in self.metrics.items():
+            if name not in values:
+                values |= metric.compute(parts[metric.samples], references.get(metric.reference or ""), self.settings)
+        widths = {name: getattr(first, kind).shape[1] for name, kind in FRECHET.items() if name in self.metrics}
+        return Report(
+            metrics={name: values[name].mean for name in self.metrics},
+            spread={name: std for name in self.metrics if (std := values[name].std) is not None},
+            **self._inputs(samples, first),
+            warnings=_warnings(samples, self.reference, widths)
+            + (_split_warnings(parts["probs"], values["is"]) if "is" in self.metrics else []),
+        )
 
-def _fid(samples: FeatureStatistics, reference: FeatureStatistics, _: EvaluationSettings) -> dict[str, Value]:
-    return {"fid": Value(frechet_distance(*samples[:2], *reference[:2]))}
+    def _check(self, samples: ImageSource) -> ImageFeatures:
+        """The features of the first images, which fit."""
+        self.check_labels(samples.labels, samples.name)
+        first = first_features(samples, self.extractor)
+        _check_features(first, self.extractor.provenance, list(self.metrics))
+        if self.reference.statistics is not None:
+            _check_statistics(self.reference.statistics, first, self.extractor.provenance, list(self.metrics))
+        return first
 
+    def _reference_parts(self) -> dict[str, Any]:
+        if self._parts is None:
+            needs = {metric.reference for metric in self.metrics.values() if metric.reference not in (None, LABELS)}
+            self._parts = collect_reference(self.reference, self.extractor, needs, self.settings.batch_size)
+        return self._parts
 
-def _sfid(samples: FeatureStatistics, reference: FeatureStatistics, _: EvaluationSettings) -> dict[str, Value]:
-    return {"sfid": Value(frechet_distance(*samples[:2], *reference[:2]))}
-
-
-def _fid_infinity(samples: Tensor, reference: FeatureStatistics, settings: EvaluationSettings) -> dict[str, Value]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the report has it
-        distance = frechet_distance_infinity(samples, *reference[:2], generator=settings.generator())
-    return {"fid_infinity": Value(distance)}
-
-
-def _inception_score(samples: Tensor, _: None, settings: EvaluationSettings) -> dict[str, Value]:
-    return {"is": _summary(split_inception_scores(samples, split_size=settings.is_split_size))}
-
-
-def _kid(samples: Tensor, reference: Tensor, settings: EvaluationSettings) -> dict[str, Value]:
-    size = min(settings.kid_subset_size, len(samples), len(reference))
-    count = settings.kid_num_subsets if size < max(len(samples), len(reference)) else 1  # all images: one subset
-    generator = settings.generator()
-    distances = subset_kernel_distances(reference, samples, subset_size=size, num_subsets=count, generator=generator)
-    return {"kid": _summary(distances)}
-
-
-def _precision_recall(samples: Tensor, reference: Tensor, settings: EvaluationSettings) -> dict[str, Value]:
-    found = precision_recall(reference, samples, settings.nearest)
-    return {"precision": Value(found.precision), "recall": Value(found.recall)}
-
-
-def _summary(values: Tensor) -> Value:
-    return Value(values.mean().item(), values.std().item() if len(values) > 1 else None)
-
-
-class Metric(NamedTuple):
-    """What a metric is computed from, parts that [`collect`] gathers, and how: several may come from one function."""
-
-    samples: str
-    reference: str | None
-    compute: Callable[[Any, Any, EvaluationSettings], dict[str, Value]]
-
-
-METRICS = {
-    "fid": Metric("statistics", "statistics", _fid),
-    "fid_infinity": Metric("pooled", "statistics", _fid_infinity),
-    "is": Metric("probs", None, _inception_score),
-    "kid": Metric("pooled", "pooled", _kid),
-    "precision": Metric("pooled", "pooled", _precision_recall),
-    "recall": Metric("pooled", "pooled", _precision_recall),
-    "sfid": Metric("spatial_statistics", "spatial_statistics", _sfid),
-}
+    def _inputs(self, samples: ImageSource, first: ImageFeatures) -> dict[str, Any]:
+        return {
+            "samples": {
+                "source": samples.name,
+                "num_images": samples.count,
+                "shape": list(samples.shape),
+                **samples.provenance,
+            },
+            "reference": _describe(self.reference),
+            "features": {**self.extractor.provenance, "width": first.pooled.shape[1]},
+            "settings": asdict(self.settings),
+        }
 
 
 def evaluate(
@@ -128,47 +123,18 @@ def evaluate(
     reference: Reference,
     extractor: FeatureExtractor,
     metrics: Sequence[str] = ("fid",),
-    settings: EvaluationSettings = EvaluationSettings(),
+    settings: EvaluationSettings | None = None,
 ) -> Report:
     """Computes metrics of generated images.
 
     Args:
         samples: the generated images.
-        reference: the real ones; `Reference()` where only the Inception Score is asked for.
-        extractor: gives the features.
-        metrics: names of [`METRICS`].
-        settings: of the metrics.
+        reference, extractor, metrics, settings: as in [`Evaluator`].
 
     Raises:
-        ValueError: for a metric that is unknown or needs what is not there; statistics of other features; images that
-            cannot be read; features that are not finite. What can be found before going through the images is.
+        ValueError: as [`Evaluator`] does.
     """
-    _check_metrics(metrics, reference)
-    first = first_features(samples, extractor)
-    _check_features(first, extractor.provenance, metrics)
-    if reference.statistics is not None:
-        _check_statistics(reference.statistics, first, extractor.provenance, metrics)
-    chosen = {name: METRICS[name] for name in metrics}
-    needs = {metric.reference for metric in chosen.values() if metric.reference}
-    reference_parts = collect_reference(reference, extractor, needs, settings.batch_size)
-    sample_parts = collect(samples, extractor, {metric.samples for metric in chosen.values()}, settings.batch_size)
-    values: dict[str, Value] = {}
-    for name, metric in chosen.items():
-        if name not in values:
-            values |= metric.compute(
-                sample_parts[metric.samples], reference_parts.get(metric.reference or ""), settings
-            )
-    widths = {name: getattr(first, kind).shape[1] for name, kind in FRECHET.items() if name in metrics}
-    return Report(
-        metrics={name: values[name].mean for name in metrics},
-        spread={name: std for name in metrics if (std := values[name].std) is not None},
-        samples={"source": samples.name, "num_images": samples.count, "shape": list(samples.shape)},
-        reference=_describe(reference),
-        features={**extractor.provenance, "width": first.pooled.shape[1]},
-        settings=asdict(settings),
-        warnings=_warnings(samples, reference, widths)
-        + (_split_warnings(sample_parts["probs"], values["is"]) if "is" in metrics else []),
-    )
+    return Evaluator(reference, extractor, metrics, settings)(samples)
 
 
 def _check_metrics(metrics: Sequence[str], reference: Reference) -> None:

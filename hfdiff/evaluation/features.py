@@ -6,6 +6,7 @@ network wants. Channels are changed only where nothing is lost; sizes only by a 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -206,8 +207,13 @@ def best_device() -> torch.device:
 
 def file_checksum(path: Path) -> str:
     """SHA-256 of a file, or of a folder's safetensors files one after the other."""
+    return files_checksum([path] if path.is_file() else sorted(path.glob("*.safetensors")))
+
+
+def files_checksum(files: Sequence[Path]) -> str:
+    """SHA-256 of files one after the other."""
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+    for file in files:
         with file.open("rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)

@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .files import place_file
+
 PACKAGES = ("hfdiff", "torch", "diffusers", "transformers", "datasets", "numpy", "pillow", "torch-fidelity")
 
 
@@ -72,8 +74,9 @@ class Report:
             ValueError: for another suffix than .json or .md.
         """
         path = check_report_path(path)
+        content = self.to_json() if path.suffix == ".json" else self.to_markdown()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json() if path.suffix == ".json" else self.to_markdown(), encoding="utf-8")
+        place_file(path, content.encode())
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = []
@@ -81,6 +84,18 @@ class Report:
             spread = f" ± {self.spread[name]:.4g}" if name in self.spread else ""
             rows.append((name, f"{value:.6g}{spread}"))
         return rows
+
+
+def read_report(path: str | Path) -> Report:
+    """A report that was written as JSON.
+
+    Raises:
+        ValueError: for a file that is none.
+    """
+    try:
+        return Report(**json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} must be a report in JSON: {error}; remove it.") from error
 
 
 def check_report_path(path: str | Path) -> Path:

@@ -1,15 +1,16 @@
 """Images to evaluate, batch by batch, as the bytes that are stored: folders, npz files, datasets, tensors."""
 
+import json
 import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 GREY_MODES = ("1", "L")
 COLOUR_MODES = ("P", "RGB", "YCbCr", "CMYK")
 FEWEST = 2  # images that have a covariance
+LABELS, PROVENANCE = "arr_1", "provenance"  # what an npz file may hold beside its images
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class ImageSource:
         count: N.
         shape: (C, H, W), C being 1 or 3.
         batches: maps a batch size to the batches, uint8 (B, C, H, W), in an order that does not change.
+        labels: the classes that were asked for, integers (N,), where they are known.
+        provenance: how the images were made, where that is known, in JSON values.
 
     Raises:
         ValueError: for fewer than two images.
@@ -40,6 +44,8 @@ class ImageSource:
     count: int
     shape: tuple[int, int, int]
     batches: Callable[[int], Iterator[Tensor]]
+    labels: Tensor | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.count < FEWEST:
@@ -50,8 +56,9 @@ def open_images(source: str | Path, split: str = "train") -> ImageSource:
     """Opens images and checks what can be checked without decoding them all.
 
     Args:
-        source: a folder of images, also of folders of them; an npz file with arr_0, uint8 (N, H, W, C), as
-            guided-diffusion writes it; or a dataset: a parquet or arrow file, a folder of them, or a Hub id.
+        source: a folder of images, also of folders of them; an npz file with arr_0, uint8 (N, H, W, C), and maybe the
+            classes in arr_1, integers (N,), as guided-diffusion writes it; or a dataset: a parquet or arrow file, a
+            folder of them, or a Hub id.
         split: of a dataset that has some.
 
     Raises:
@@ -65,12 +72,15 @@ def open_images(source: str | Path, split: str = "train") -> ImageSource:
     return _open_dataset(str(source), split)
 
 
-def images_in_memory(images: Tensor | np.ndarray, name: str = "images in memory") -> ImageSource:
+def images_in_memory(
+    images: Tensor | np.ndarray, name: str = "images in memory", labels: Tensor | None = None
+) -> ImageSource:
     """Images that are there already.
 
     Args:
         images: uint8, (N, C, H, W).
         name: what they are called in reports.
+        labels: the classes that were asked for, integers (N,).
 
     Raises:
         ValueError: for another type or shape, or fewer than two images.
@@ -81,7 +91,7 @@ def images_in_memory(images: Tensor | np.ndarray, name: str = "images in memory"
             f"`images` must be uint8 (N, C, H, W) with 1 or 3 channels, got {images.dtype} {tuple(images.shape)}; "
             "round floats in [0, 1] with `hfdiff.images.to_bytes`."
         )
-    return ImageSource(name, len(images), _shape(images.shape[1:]), lambda size: iter(images.split(size)))
+    return ImageSource(name, len(images), _shape(images.shape[1:]), lambda size: iter(images.split(size)), labels)
 
 
 def _open_folder(folder: Path) -> ImageSource:
@@ -137,7 +147,12 @@ def _unreadable(file: Path, error: Exception) -> ValueError:
 
 def _open_npz(path: Path) -> ImageSource:
     with _first_array(path) as (_, (count, height, width, channels)):
-        return ImageSource(str(path), count, (channels, height, width), partial(_read_npz, path))
+        shape = (channels, height, width)
+        with np.load(path) as file:
+            labels = file[LABELS] if LABELS in file.files else np.zeros(0)
+            provenance = json.loads(str(file[PROVENANCE])) if PROVENANCE in file.files else {}
+    classes = torch.from_numpy(labels).long() if labels.shape == (count,) and labels.dtype.kind in "iu" else None
+    return ImageSource(str(path), count, shape, partial(_read_npz, path), classes, provenance)
 
 
 def _read_npz(path: Path, batch_size: int) -> Iterator[Tensor]:

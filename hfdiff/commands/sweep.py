@@ -1,0 +1,122 @@
+"""`hfdiff sweep`: metrics of a pipeline over guidance scales, schedulers and numbers of steps, as table and plot."""
+
+import argparse
+import io
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.evaluate import Evaluator
+from ..evaluation.feature_set import open_reference
+from ..evaluation.features import load_features
+from ..evaluation.files import place_file
+from ..evaluation.metric_set import METRICS, EvaluationSettings
+from ..evaluation.plots import figure_class
+from ..evaluation.report import Report
+from ..evaluation.sample_files import join_processes, only_main
+from ..evaluation.sampling import open_pipeline
+from ..evaluation.sweep import SweepTable, sweep, sweep_points
+from .evaluate import IMAGES
+from .evaluation_flags import add_measuring_flags, add_sampling_flags, evaluation_settings, sampling_settings
+
+DEFAULT_METRICS = "fid,is,precision,recall,accuracy,worst_class_accuracy"
+COLUMNS = 3  # panels side by side
+TITLES = {"fid": "FID ↓", "fid_infinity": "FID∞ ↓", "sfid": "sFID ↓", "kid": "KID ↓", "is": "Inception Score ↑"}
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of `hfdiff`."""
+    command = commands.add_parser("sweep", help="measure a guided pipeline over guidance scales, schedulers and steps")
+    command.set_defaults(run=run)
+    command.add_argument("--pipeline", required=True, help="folder or Hub id of the pipeline")
+    command.add_argument("--guidance_scales", type=float, nargs="+", required=True, help="0 is off")
+    command.add_argument("--num_inference_steps", type=int, nargs="+", help="the pipeline's own number by default")
+    command.add_argument("--schedulers", nargs="+", help="of diffusers, like DDIM; the pipeline's own by default")
+    command.add_argument("--reference", required=True, help=f"the real images: {IMAGES}; or an npz file of statistics")
+    add_measuring_flags(command)
+    command.add_argument(
+        "--metrics", default=DEFAULT_METRICS, help=f"some of {','.join(METRICS)}; the best point is that of the first"
+    )
+    add_sampling_flags(command)
+    command.add_argument(
+        "--output_dir", type=Path, default=Path("out/sweep"), help="for table, plot and samples; run again to go on"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draws and measures every point, prints table and best scales, and writes them and the plot beside the samples.
+
+    Raises:
+        ValueError: for arguments that do not fit, a reference, a network or a pipeline that cannot be read.
+    """
+    figure_class()  # may be missing, which is better known before the work
+    settings = evaluation_settings(args)
+    points = sweep_points(
+        sampling_settings(args), args.guidance_scales, args.num_inference_steps or (None,), args.schedulers or (None,)
+    )
+    accelerator = join_processes()
+    evaluator = only_main(accelerator, lambda: _open_evaluator(args, settings))
+    opened = open_pipeline(args.pipeline, accelerator.device)
+    reports: list[Report] = []
+    for report in sweep(opened, points, evaluator, args.output_dir, accelerator):
+        reports.append(report)
+        if accelerator.is_main_process:
+            print(f"{len(reports)} of {len(points)}: {_describe(report)}", file=sys.stderr, flush=True)
+    if accelerator.is_main_process:
+        table = SweepTable.of(reports)
+        table.write(args.output_dir)
+        image = io.BytesIO()
+        plot(table, _caption(reports[0])).savefig(image, dpi=120, format="png")
+        place_file(args.output_dir / "sweep.png", image.getvalue())
+        print(table.to_markdown(), *table.best_lines(), f"written to {args.output_dir}", sep="\n")
+        for text in dict.fromkeys(text for report in reports for text in report.warnings):
+            print(f"warning: {text}", file=sys.stderr)
+
+
+def _open_evaluator(args: argparse.Namespace, settings: EvaluationSettings) -> Evaluator:
+    extractor = load_features(args.features, weights=args.weights)
+    return Evaluator(open_reference(args.reference, args.split), extractor, args.metrics.split(","), settings)
+
+
+def _describe(report: Report) -> str:
+    values = ", ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
+    return "{scheduler}, {num_inference_steps} steps, scale {guidance_scale:g}: ".format(**report.samples) + values
+
+
+def _caption(report: Report) -> str:
+    """What was measured, for the top of the plot."""
+    samples, reference = report.samples, report.reference
+    real = reference.get("statistics", reference)
+    source = Path(real["source"])
+    return (
+        f"{samples['pipeline']}: {samples['num_images']} images a point, {samples['label_policy']} classes, seed "
+        f"{samples['seed']}\nfeatures of {report.features['name']}, reference {real['num_images']} images of "
+        f"{source.name if source.exists() else source}"
+    )
+
+
+def plot(table: SweepTable, caption: str) -> Any:
+    """Each metric against the guidance scale, a line per scheduler and number of steps; the best point is circled."""
+    columns = min(COLUMNS, len(table.metrics))
+    rows = math.ceil(len(table.metrics) / columns)
+    figure = figure_class()(figsize=(3.6 * columns, 0.7 + 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    best, curves = table.best(), table.curves()
+    scales = sorted({row["guidance_scale"] for row in table.rows})
+    for panel, metric in zip(panels, table.metrics):
+        for (scheduler, steps), points in curves.items():
+            name = scheduler.rpartition(".")[2].removesuffix("Scheduler")
+            line = [[point[key] for point in points] for key in ("guidance_scale", metric)]
+            panel.plot(*line, ".-", label=f"{name}, {steps} steps")
+        panel.plot(best["guidance_scale"], best[metric], "o", markersize=10, fillstyle="none", color="black")
+        panel.set(title=TITLES.get(metric, f"{metric.replace('_', ' ')} ↑"), xlabel="guidance scale")
+        panel.set_xscale("symlog", linthresh=min((scale for scale in scales if scale), default=1))
+        panel.set_xticks(scales, [f"{scale:g}" for scale in scales])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    for panel in panels[len(table.metrics) :]:
+        panel.remove()
+    panels[0].legend(fontsize="small")
+    figure.suptitle(caption, fontsize="small")
+    return figure

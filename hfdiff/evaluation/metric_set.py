@@ -1,0 +1,127 @@
+"""The metrics by name: what each is computed from, and how."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .accuracy import class_accuracy
+from .inception_score import SPLIT_SIZE, split_inception_scores
+from .kernel_distance import subset_kernel_distances
+from .metrics import frechet_distance, frechet_distance_infinity
+from .precision_recall import precision_recall
+from .statistics import FeatureStatistics
+
+LABELS = "labels"  # of the samples, which accuracy compares probabilities with
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How the metrics are computed.
+
+    Args:
+        batch_size: images per call of the network.
+        is_split_size: images of each split of the Inception Score.
+        kid_subset_size: images of each of KID's subsets, at most; all where there are fewer.
+        kid_num_subsets: how many subsets.
+        nearest: the neighbour k of precision and recall.
+        seed: of the subsets.
+
+    Raises:
+        ValueError: for a number below 1, or a negative seed.
+    """
+
+    batch_size: int = 256
+    is_split_size: int = SPLIT_SIZE
+    kid_subset_size: int = 1000
+    kid_num_subsets: int = 100
+    nearest: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            least = 0 if name == "seed" else 1
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+    def generator(self) -> torch.Generator:
+        """A source of subsets for one metric, so that it does not depend on the others that are asked for."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+class Value(NamedTuple):
+    """A metric's value, and its standard deviation over splits or subsets, where it has some."""
+
+    mean: float
+    std: float | None = None
+
+
+def _fid(samples: FeatureStatistics, reference: FeatureStatistics, _: EvaluationSettings) -> dict[str, Value]:
+    return {"fid": Value(frechet_distance(*samples[:2], *reference[:2]))}
+
+
+def _sfid(samples: FeatureStatistics, reference: FeatureStatistics, _: EvaluationSettings) -> dict[str, Value]:
+    return {"sfid": Value(frechet_distance(*samples[:2], *reference[:2]))}
+
+
+def _fid_infinity(samples: Tensor, reference: FeatureStatistics, settings: EvaluationSettings) -> dict[str, Value]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the report has it
+        distance = frechet_distance_infinity(samples, *reference[:2], generator=settings.generator())
+    return {"fid_infinity": Value(distance)}
+
+
+def _inception_score(samples: Tensor, _: None, settings: EvaluationSettings) -> dict[str, Value]:
+    return {"is": _summary(split_inception_scores(samples, split_size=settings.is_split_size))}
+
+
+def _kid(samples: Tensor, reference: Tensor, settings: EvaluationSettings) -> dict[str, Value]:
+    size = min(settings.kid_subset_size, len(samples), len(reference))
+    count = settings.kid_num_subsets if size < max(len(samples), len(reference)) else 1  # all images: one subset
+    generator = settings.generator()
+    distances = subset_kernel_distances(reference, samples, subset_size=size, num_subsets=count, generator=generator)
+    return {"kid": _summary(distances)}
+
+
+def _precision_recall(samples: Tensor, reference: Tensor, settings: EvaluationSettings) -> dict[str, Value]:
+    found = precision_recall(reference, samples, settings.nearest)
+    return {"precision": Value(found.precision), "recall": Value(found.recall)}
+
+
+def _accuracy(samples: Tensor, labels: Tensor, _: EvaluationSettings) -> dict[str, Value]:
+    found = class_accuracy(samples, labels)
+    return {"accuracy": Value(found.overall), "worst_class_accuracy": Value(found.worst)}
+
+
+def _summary(values: Tensor) -> Value:
+    return Value(values.mean().item(), values.std().item() if len(values) > 1 else None)
+
+
+class Metric(NamedTuple):
+    """What a metric is computed from, and how: several may come from one function.
+
+    Args:
+        samples: the part of the samples, one that [`collect`] gathers.
+        reference: what it is compared with: a part of the reference, `LABELS`, the samples' own, or nothing.
+        compute: maps the two to values.
+    """
+
+    samples: str
+    reference: str | None
+    compute: Callable[[Any, Any, EvaluationSettings], dict[str, Value]]
+
+
+METRICS = {
+    "fid": Metric("statistics", "statistics", _fid),
+    "fid_infinity": Metric("pooled", "statistics", _fid_infinity),
+    "is": Metric("probs", None, _inception_score),
+    "kid": Metric("pooled", "pooled", _kid),
+    "precision": Metric("pooled", "pooled", _precision_recall),
+    "recall": Metric("pooled", "pooled", _precision_recall),
+    "sfid": Metric("spatial_statistics", "spatial_statistics", _sfid),
+    "accuracy": Metric("probs", LABELS, _accuracy),
+    "worst_class_accuracy": Metric("probs", LABELS, _accuracy),
+}
