@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .checks import check_choice, check_shape
-from .gaussian import x0_coefficients
+from .gaussian import Level, x0_coefficients
 from .noise import betas_of, geometric_sigmas, rescale_zero_terminal_snr, solve_step_size
 
 SIGMA_SCHEDULES = ("geometric", "from_betas")
@@ -122,7 +122,10 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             model call of its own, but for predictor_corrector, whose last predictor it is.
         sampling: langevin, consistent or predictor_corrector.
         snr: r of the corrector's step 2 (r ‖z‖/‖s‖)², norms averaged over the batch (Song et al. 2021, algorithm 4).
-        prediction_type: what the model predicts: score, epsilon, sample (x_0) or v_prediction.
+        prediction_type: what the model predicts: score, epsilon, sample (x_0) or v_prediction. v is that of the
+            model's scaled input, √ᾱ ε - √(1-ᾱ) x_0 with ᾱ = 1/(1+σ²).
+        scale_input: the model is given x_t/√(1+σ²), whose variance is near 1 at every level, as suits a UNet that was
+            not made for score matching; always so for from_betas.
         beta_start: of from_betas, as the following two, in the sense of [`~hfdiff.schedulers.noise.make_betas`].
         beta_end: β_{T-1}.
         beta_schedule: a name of it.
@@ -133,6 +136,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
+    guidance_mode = "score_shift"  # what `step` does with its `guidance`
 
     @register_to_config
     def __init__(
@@ -147,6 +151,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         sampling: str = "langevin",
         snr: float = 0.16,
         prediction_type: str = "score",
+        scale_input: bool = False,
         beta_start: float = 0.0001,
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
@@ -305,6 +310,22 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
     # --- the forward process -----------------------------------------------------------------------------------------
 
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """ᾱ = 1/(1+σ²), (L,), float64: that of the variance-preserving process x_t/√(1+σ²)."""
+        return 1 / (1 + self.sigmas**2)
+
+    @property
+    def _scales_input(self) -> bool:
+        return self.config.scale_input or self.config.sigma_schedule == "from_betas"
+
+    def _sigma(self, timestep: int | Tensor, sample: Tensor) -> Level:
+        """σ_t: a float for one timestep, (B, 1, 1, 1) for one per image."""
+        if isinstance(timestep, int) or timestep.ndim == 0:
+            return float(self.sigmas[int(timestep)])
+        sigma = self.sigmas.to(sample.device, torch.promote_types(sample.dtype, torch.float32))[timestep]
+        return sigma.reshape(-1, *[1] * (sample.ndim - 1))
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_0 + σ_t ε.
 
@@ -313,16 +334,32 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             noise: ε, unit normal, of the same shape.
             timesteps: t, (B,) or one for all.
         """
-        sigma = self.sigmas.to(original_samples.device, original_samples.dtype)[timesteps.to(original_samples.device)]
-        return original_samples + sigma.reshape(-1, *[1] * (original_samples.ndim - 1)) * noise
+        sigma = self._sigma(timesteps.to(original_samples.device), original_samples)
+        return (original_samples + sigma * noise).to(original_samples.dtype)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor) -> Tensor:
-        """What the model sees of x_t: x_t itself, or x_t/√(1+σ²) where it is a DDPM's."""
-        if self.config.sigma_schedule == "geometric":
+        """What the model sees of x_t: x_t itself, or x_t/√(1+σ²) where the config's `scale_input` says so.
+
+        Args:
+            sample: x_t, (B, C, H, W).
+            timestep: t, one for all or (B,).
+        """
+        if not self._scales_input:
             return sample
-        return sample / (1 + float(self.sigmas[int(timestep)]) ** 2) ** 0.5
+        return (sample / (1 + self._sigma(timestep, sample) ** 2) ** 0.5).to(sample.dtype)
 
     # --- the reverse process -----------------------------------------------------------------------------------------
+
+    def score(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> Tensor:
+        """s = ∇ log p(x_t), which a model's output stands for, (B, C, H, W).
+
+        Args:
+            model_output: of the config's prediction type, (B, C, H, W).
+            timestep: t, one for all or (B,).
+            sample: x_t, (B, C, H, W), not scaled.
+        """
+        sigma = self._sigma(timestep, sample)
+        return self._pull(model_output, sample, sigma) / sigma**2
 
     def step(
         self,
@@ -331,6 +368,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: Tensor | None = None,
+        guidance: Tensor | None = None,
         return_dict: bool = True,
     ) -> AnnealedLangevinSchedulerOutput | tuple[Tensor, Tensor]:
         """One update of the loop.
@@ -341,6 +379,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             sample: x_t, (B, C, H, W).
             generator: source of z; a list gives one per image.
             variance_noise: z itself, unit normal, instead of a drawn one.
+            guidance: g = w ∇ log p(y | x_t) with respect to the model's input, of the sample's shape: the update is
+                made with the score of p(x_t) p(y | x_t)^w. It does not change `pred_original_sample`.
             return_dict: return an [`AnnealedLangevinSchedulerOutput`] instead of a tuple.
 
         Raises:
@@ -348,11 +388,15 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         """
         check_shape("model_output", model_output, sample)
         check_shape("variance_noise", variance_noise, sample)
+        check_shape("guidance", guidance, sample)
         index = self._current_index(timestep)
         update, dtype = self._updates[index], sample.dtype
         xt, output = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (sample, model_output))
         sigma = float(self.sigmas[update.timestep])
         pull = self._pull(output, xt, sigma)
+        x0 = (xt + pull).to(dtype)
+        if guidance is not None:
+            pull = pull + sigma**2 * self.scale_model_input(guidance, update.timestep)  # the chain rule's factor, too
         if update.gain is not None and not update.noise:
             prev = xt + update.gain * pull
         else:
@@ -362,12 +406,12 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             scale = (2 * gain) ** 0.5 * sigma if update.gain is None else update.noise
             prev = xt + gain * pull + scale * variance_noise
         self._step_index = index + 1
-        prev, x0 = prev.to(dtype), (xt + pull).to(dtype)
+        prev = prev.to(dtype)
         return AnnealedLangevinSchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
-    def _pull(self, output: Tensor, xt: Tensor, sigma: float) -> Tensor:
+    def _pull(self, output: Tensor, xt: Tensor, sigma: Level) -> Tensor:
         """x̂_0 - x_t = σ² s."""
-        if self.config.prediction_type == "score" and self.config.sigma_schedule == "geometric":
+        if self.config.prediction_type == "score" and not self._scales_input:
             return sigma**2 * output
         alpha_bar = 1 / (1 + sigma**2)
         on_xt, on_output = x0_coefficients(self.config.prediction_type, alpha_bar)  # of the model's input √ᾱ x_t

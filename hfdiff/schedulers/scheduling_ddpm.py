@@ -115,6 +115,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
     _compatibles: ClassVar[list[str]] = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
     order = 1
+    guidance_mode = "mean_shift"  # what `step` does with its `guidance`
 
     @register_to_config
     def __init__(

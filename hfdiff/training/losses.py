@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..pipelines.guidance import log_likelihood, shift_epsilon
 from ..schedulers.gaussian import convert, discretized_gaussian_log_likelihood, normal_kl
+from ..schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..schedulers.scheduling_ddpm import LEARNED_VARIANCES, DDPMScheduler, PMeanVariance
 
 Model = Callable[..., Any]  # (x_t, t), and class_labels if there are any, to an output with `.sample` or `.logits`
@@ -168,6 +169,30 @@ def simple_losses(
         return losses
     alpha_bar = scheduler.alphas_cumprod.to(timestep.device)[timestep]
     return losses * MIN_SNR_WEIGHTS[kind](alpha_bar / (1 - alpha_bar), snr_gamma).to(losses)
+
+
+# --- denoising score matching ----------------------------------------------------------------------------------------
+
+
+def score_matching_losses(
+    model: Model, scheduler: AnnealedLangevinScheduler, x0: Tensor, timestep: Tensor, noise: Tensor
+) -> Tensor:
+    """½ ‖σ_t s(x_0 + σ_t ε, t) + ε‖² of each image, summed over its elements, (B,).
+
+    Denoising score matching, ½ ‖s + ε/σ‖², weighted by λ(σ) = σ² (Song & Ermon 2019, equations 5 and 6).
+
+    Args:
+        model: predicts what the scheduler's `prediction_type` says.
+        scheduler: the noise levels.
+        x0: clean images, in the model's range.
+        timestep: t.
+        noise: ε.
+    """
+    xt = scheduler.add_noise(x0, noise, timestep)
+    output = model(scheduler.scale_model_input(xt, timestep), timestep).sample
+    sigma = scheduler.sigmas.to(xt)[timestep].view(-1, *[1] * (xt.ndim - 1))
+    residual = sigma * scheduler.score(output, timestep, xt) + noise
+    return 0.5 * residual.square().flatten(1).sum(dim=1)
 
 
 # --- the variational bound -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from .checkpoints import PARTIAL, replace
 from .config import TrainingSettings
 from .data import LabelledImages, make_generator
 from .loop import Monitor
-from .samples import draw_images, save_grid
+from .samples import save_grid
 
 BATCH_SIZE = 256
 BOUND_TERMS = 40  # of the chain's, for speed; the others are interpolated
@@ -28,7 +28,8 @@ REAL_IMAGES = 10_000  # at most, for the statistics of real images
 CLEAN = 0  # the timestep of images without noise
 STATISTICS = "real-statistics.npz"
 
-Losses = Callable[[UNet2DModel, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Losses = Callable[[ModelMixin, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Draw = Callable[[int, torch.Generator], Tensor]
 
 
 @dataclass(kw_only=True)
@@ -37,8 +38,6 @@ class MonitorSettings(TrainingSettings):
 
     Args:
         validation_images: images of the validation data, at most, whose loss is measured.
-        bits_per_dim_images: images of the validation data, at most, whose variational bound is measured; 0 measures
-            none.
         sample_images: images of the grid `samples/step-N.png`; 0 draws none.
         sample_steps: model calls per drawn image.
         fid_features: the folder of a NoisyClassifier; measures the Fréchet distance to the dataset in its features.
@@ -47,7 +46,6 @@ class MonitorSettings(TrainingSettings):
 
     may_change: ClassVar[frozenset[str]] = TrainingSettings.may_change | {
         "validation_images",
-        "bits_per_dim_images",
         "sample_images",
         "sample_steps",
         "fid_features",
@@ -55,7 +53,6 @@ class MonitorSettings(TrainingSettings):
     }
 
     validation_images: PositiveInt = 1000
-    bits_per_dim_images: NonNegativeInt = 100
     sample_images: NonNegativeInt = 64
     sample_steps: PositiveInt = 50
     fid_features: str | None = None
@@ -65,28 +62,31 @@ class MonitorSettings(TrainingSettings):
 def make_monitor(
     settings: MonitorSettings,
     accelerator: Accelerator,
-    unet: UNet2DModel,
-    scheduler: DDPMScheduler,
+    model: ModelMixin,
+    num_train_timesteps: int,
     losses: Losses,
+    draw: Draw,
     data: LabelledImages,
     validation: LabelledImages | None,
+    bound: Callable[[], float] | None = None,
 ) -> Monitor:
     """The monitor of a training; the main process measures, with the same noise every time.
 
     Args:
         settings: of the run.
         accelerator: of the run.
-        unet: the model.
-        scheduler: its chain.
+        model: the model.
+        num_train_timesteps: its noise levels.
         losses: maps the model, x_0, t, ε and labels to a loss per image, (B,).
+        draw: draws so many images with a generator, bytes (N, C, H, W).
         data: the images it trains on.
         validation: held-out images, if any.
+        bound: the variational bound of held-out images in bits per dimension, where the model has one.
 
     Raises:
         ValueError: when the classifier for the Fréchet distance is not there, or for other images.
     """
-    held_out = _first(validation, settings.validation_images) if validation else None
-    bound = _first(validation, settings.bits_per_dim_images) if validation and settings.bits_per_dim_images else None
+    held_out = first_images(validation, settings.validation_images) if validation else None
     classifier = load_features(settings.fid_features, data).to(accelerator.device) if settings.fid_features else None
     folder = Path(settings.output_dir)
 
@@ -94,24 +94,23 @@ def make_monitor(
     def real(classifier: NoisyClassifier) -> FeatureStatistics:
         return real_statistics(classifier, data, f"{settings.fid_features} of {settings.dataset}", folder)
 
-    def draw(count: int) -> Tensor:
-        generator = make_generator(settings.seed, "samples", 0)
-        return draw_images(unet, scheduler, count, settings.sample_steps, generator)
+    def drawn(count: int) -> Tensor:
+        return draw(count, make_generator(settings.seed, "samples", 0))
 
     def monitor(step: int) -> dict[str, float]:
         numbers: dict[str, float] = {}
         if not accelerator.is_main_process:
             return numbers
         if held_out:
-            numbers["validation_loss"] = validation_loss(unet, losses, len(scheduler), held_out, settings.seed)
+            numbers["validation_loss"] = validation_loss(model, losses, num_train_timesteps, held_out, settings.seed)
         if bound:
-            numbers["bits_per_dim"] = held_out_bound(unet, scheduler, bound, settings.seed)
+            numbers["bits_per_dim"] = bound()
         if classifier:
-            drawn = clean_statistics(classifier, draw(settings.fid_images).float() / 127.5 - 1)
+            fake = clean_statistics(classifier, drawn(settings.fid_images).float() / 127.5 - 1)
             kept = real(classifier)
-            numbers["frechet_distance"] = frechet_distance(drawn.mean, drawn.covariance, kept.mean, kept.covariance)
+            numbers["frechet_distance"] = frechet_distance(fake.mean, fake.covariance, kept.mean, kept.covariance)
         if settings.sample_images:
-            save_grid(draw(settings.sample_images), grid_path(folder, step))
+            save_grid(drawn(settings.sample_images), grid_path(folder, step))
         return numbers
 
     return monitor
@@ -122,13 +121,13 @@ def grid_path(folder: Path, step: int) -> Path:
     return folder / "samples" / f"step-{step}.png"
 
 
-def _first(data: LabelledImages, count: int) -> LabelledImages:
+def first_images(data: LabelledImages, count: int) -> LabelledImages:
     """The first images of a dataset, in memory."""
     return LabelledImages(data.images[:count], None if data.labels is None else data.labels[:count], data.label_names)
 
 
 def validation_loss(
-    unet: UNet2DModel, losses: Losses, num_train_timesteps: int, data: LabelledImages, seed: int
+    model: ModelMixin, losses: Losses, num_train_timesteps: int, data: LabelledImages, seed: int
 ) -> float:
     """The mean loss of images, each at one timestep; the timesteps are spread evenly over the chain."""
     count = len(data.images)
@@ -139,9 +138,9 @@ def validation_loss(
     for rows in torch.arange(count).split(BATCH_SIZE):
         x0 = data.images[rows]
         noise = torch.randn(x0.shape, generator=generator)
-        labels = None if data.labels is None else data.labels[rows].to(unet.device)
-        x0, timestep, noise = (tensor.to(unet.device) for tensor in (x0, timesteps[rows], noise))
-        total += losses(unet, x0, timestep, noise, labels).sum().item()
+        labels = None if data.labels is None else data.labels[rows].to(model.device)
+        x0, timestep, noise = (tensor.to(model.device) for tensor in (x0, timesteps[rows], noise))
+        total += losses(model, x0, timestep, noise, labels).sum().item()
     return total / count
 
 

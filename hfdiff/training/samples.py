@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..images import image_grid, to_bytes
+from ..pipelines.pipeline_ncsn import NCSNPipeline
+from ..schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..schedulers.scheduling_ddpm import DDPMScheduler
 
 BATCH_SIZE = 256
@@ -46,6 +48,31 @@ def draw_images(
             output = unet(sample, t, **condition).sample
             sample = chain.step(output, t, sample, generator=generator, return_dict=False)[0]
         drawn.append(torch.from_numpy(to_bytes((sample.cpu().float() / 2 + 0.5).numpy())))
+    return torch.cat(drawn)
+
+
+def draw_by_langevin(
+    model: ModelMixin,
+    scheduler: AnnealedLangevinScheduler,
+    count: int,
+    num_inference_steps: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Images of a score network by annealed Langevin dynamics, as bytes (N, C, H, W) on the CPU.
+
+    Args:
+        model: the network, in evaluation mode.
+        scheduler: its noise levels; left as it is.
+        count: N.
+        num_inference_steps: model calls per image.
+        generator: source of all noise.
+    """
+    pipe = NCSNPipeline(model, copy.copy(scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    drawn = []
+    for numbers in torch.arange(count).split(BATCH_SIZE):
+        (images,) = pipe(len(numbers), num_inference_steps, generator, output_type="np", return_dict=False)
+        drawn.append(torch.from_numpy(to_bytes(images)).permute(0, 3, 1, 2))
     return torch.cat(drawn)
 
 
