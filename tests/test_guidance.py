@@ -1,11 +1,13 @@
 """With an exact model and an exact classifier, guidance of scale 1 samples the conditional distribution."""
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
 from gaussian_mixture import ExactClassifier, ExactModel, Mixture
 
-from hfdiff import ClassifierGuidedPipeline, DDPMScheduler
+from hfdiff import AnnealedLangevinScheduler, ClassifierGuidedPipeline, DDPMScheduler
 from hfdiff.pipelines.guidance import classifier_gradient, log_likelihood, shift_epsilon, shift_mean
 
 MIXTURE = Mixture(DDPMScheduler().alphas_cumprod)
@@ -73,16 +75,64 @@ def test_score_shift_samples_the_conditional(scheduler, steps, prediction_type):
 def test_score_shift_equals_the_exact_conditional_model(scheduler):
     """Step by step: the guided model is the model of p(x | y), whatever the scheduler does with it."""
 
-    class Conditional(Mixture):
-        weights = Mixture.weights[:2] / Mixture.weights[:2].sum()
-        means, scales, classes = Mixture.means[:2], Mixture.scales[:2], Mixture.classes[:2]
-
     pipe = exact_pipeline(scheduler=scheduler)
     guided = draw(pipe, 0, 50, 1.0, 20)
     pipe.unet.attach(Conditional(MIXTURE.alpha_bar))
     conditional = draw(pipe, 0, 50, 0.0, 20)
     # diffusers keeps its noise levels in float32, where model and scheduler may differ by a rounding
     torch.testing.assert_close(guided, conditional, rtol=1e-4, atol=1e-4)
+
+
+class Conditional(Mixture):
+    """The mixture's class 0 alone."""
+
+    weights = Mixture.weights[:2] / Mixture.weights[:2].sum()
+    means, scales, classes = Mixture.means[:2], Mixture.scales[:2], Mixture.classes[:2]
+
+
+class UnscaledModel(ExactModel):
+    """The exact score of x_0 + σ ε."""
+
+    def forward(self, sample, timestep):
+        alpha_bar = self.mixture.alpha_bar_at(timestep)
+        eps = super().forward(alpha_bar**0.5 * sample, timestep).sample
+        return SimpleNamespace(sample=-eps * (alpha_bar / (1 - alpha_bar)) ** 0.5)
+
+
+class UnscaledClassifier(ExactClassifier):
+    """The exact log p(y | x_0 + σ ε)."""
+
+    def forward(self, sample, timestep):
+        return super().forward(self.mixture.alpha_bar_at(timestep) ** 0.5 * sample, timestep)
+
+
+def langevin_pipeline(kind: str, sampling: str, mixture: type = Mixture, **config):
+    """Annealed Langevin dynamics with the exact score and classifier; "score" is given x_t as it is, others scaled."""
+    scheduler = AnnealedLangevinScheduler(
+        60, 0.05, 10.0, sampling=sampling, prediction_type=kind, scale_input=kind != "score", **config
+    )
+    levels = mixture(scheduler.alphas_cumprod)
+    model = UnscaledModel() if kind == "score" else ExactModel(kind)
+    classifier = UnscaledClassifier() if kind == "score" else ExactClassifier()
+    pipe = ClassifierGuidedPipeline(model.attach(levels), classifier.attach(Mixture(levels.alpha_bar)), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("kind", ["score", "epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("sampling", ["langevin", "consistent", "predictor_corrector"])
+def test_guided_langevin_dynamics_is_that_of_the_exact_conditional_score(sampling, kind):
+    """Step by step: s + ∇ log p(y | x_t) is the score of p(x_t | y)."""
+    guided = draw(langevin_pipeline(kind, sampling), 0, 20, 1.0, 130)
+    conditional = draw(langevin_pipeline(kind, sampling, Conditional), 0, 20, 0.0, 130)
+    torch.testing.assert_close(guided, conditional, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("kind", ["score", "v_prediction"])
+def test_guided_langevin_dynamics_samples_the_conditional(kind, label):
+    pipe = langevin_pipeline(kind, "consistent", steps_per_level=4)
+    assert_moments(draw(pipe, label, 6000, 1.0, 600), label, 0.05)
 
 
 def test_gradient_is_that_of_bayes_rule():

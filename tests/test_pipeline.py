@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_noisy_classifier import SMALL
 
-from hfdiff import ClassifierGuidedPipeline, DDPMScheduler, NoisyClassifier
+from hfdiff import AnnealedLangevinScheduler, ClassifierGuidedPipeline, DDPMScheduler, NCSNv2Model, NoisyClassifier
 
 SCHEDULERS = [
     diffusers.DDIMScheduler,
@@ -307,6 +307,9 @@ def test_modes_a_scheduler_cannot_follow_are_refused(pipe):
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match="scheduler"):
         run(pipe)
+    pipe.scheduler = AnnealedLangevinScheduler.from_config(DDPMScheduler(**SCHEDULE).config)
+    with pytest.raises(ValueError, match="guidance_mode"):
+        run(pipe, guidance_mode="mean_shift", num_inference_steps=11)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +325,45 @@ def test_a_classifier_of_other_images_or_noise_is_refused(pipe, change, match):
     other = NoisyClassifier(**{**CLASSIFIER, **change})
     with pytest.raises(ValueError, match=match):
         ClassifierGuidedPipeline(pipe.unet, other, pipe.scheduler)
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"scale_input": False}, False),  # the classifier was given what this model is not
+        ({"sigma_max": 5.0}, False),
+        ({"num_train_timesteps": 1000}, False),
+        ({"num_train_timesteps": 10, "beta_schedule": "linear", "sigma_schedule": None, "sigma_max": None}, False),
+    ],
+)
+def test_a_classifier_of_a_score_networks_levels_goes_with_these_alone(pipe, change, fits):
+    levels = {"num_train_timesteps": 10, "sigma_min": 0.1, "sigma_max": 8.0, "sigma_schedule": "geometric"}
+    scheduler = AnnealedLangevinScheduler(**levels, scale_input=True, prediction_type="v_prediction")
+    schedule = {name: value for name, value in {**levels, "scale_input": True, **change}.items() if value is not None}
+    classifier = NoisyClassifier(**{**CLASSIFIER, "noise_schedule": schedule}).eval()
+    if not fits:
+        with pytest.raises(ValueError, match="noise levels"):
+            ClassifierGuidedPipeline(pipe.unet, classifier, scheduler)
+        return
+    guided = ClassifierGuidedPipeline(pipe.unet, classifier, scheduler)
+    guided.set_progress_bar_config(disable=True)
+    assert run(guided, num_inference_steps=31).isfinite().all()  # more than there are levels
+    with pytest.raises(ValueError, match="noise levels"):
+        ClassifierGuidedPipeline(pipe.unet, classifier, DDPMScheduler(**SCHEDULE))
+
+
+def test_data_from_zero_are_drawn_as_they_are(pipe):
+    model = NCSNv2Model(8, 1, 8, num_levels=3, sigma_min=0.1, sigma_max=1.0, rescaled=False).eval()
+    scheduler = AnnealedLangevinScheduler(3, 0.1, 1.0, steps_per_level=1)
+    guided = ClassifierGuidedPipeline(model, NoisyClassifier(**{**CLASSIFIER, "noise_schedule": None}), scheduler)
+    guided.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images, samples = (
+        guided([0, 1], 0.0, 4, torch.Generator().manual_seed(1), latents=noise, output_type=kind).images
+        for kind in ("pt", "latent")
+    )
+    torch.testing.assert_close(images, samples.clamp(0, 1))
 
 
 def test_a_scheduler_of_other_noise_is_refused(pipe):

@@ -64,8 +64,12 @@ def test_a_dry_run_of_each_recipe_prints_a_recipe_of_the_same_run(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     guided = "classifier" in recipe
-    classifier = guided or "judge" in recipe
-    name, settings = ("train_classifier", "ClassifierSettings") if classifier else ("train_ddpm", "DDPMSettings")
+    if guided or "judge" in recipe:
+        name, settings = "train_classifier", "ClassifierSettings"
+    elif "ncsn" in recipe:
+        name, settings = "train_ncsn", "NCSNSettings"
+    else:
+        name, settings = "train_ddpm", "DDPMSettings"
     script = load_script(name)
     guide = ["--diffusion_model", "folder"] if guided else []
     flags = ["--config", str(TRAINING / "recipes" / recipe), *guide]

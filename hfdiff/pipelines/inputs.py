@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KINDS_OF_NOISE = {"sigma_schedule": "from_betas", "scale_input": False}  # and what they are where a config lacks them
+
 Labels = int | str | Sequence[int | str] | Tensor
 
 
@@ -20,13 +22,28 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {choices}, got {value!r}; choose one of these.")
 
 
-def check_num_inference_steps(steps: Any, num_train_timesteps: int) -> None:
-    """Refuses a number of steps that is not an integer in [1, num_train_timesteps]."""
+def check_num_inference_steps(steps: Any, num_train_timesteps: float) -> None:
+    """Refuses a number of steps that is not an integer in [1, num_train_timesteps], of which the latter may be ∞."""
     if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= int(steps) <= num_train_timesteps:
+        most = "" if math.isinf(num_train_timesteps) else f" to the {num_train_timesteps} timesteps of training"
         raise ValueError(
-            f"`num_inference_steps` must be an integer from 1 to the {num_train_timesteps} timesteps of training, "
-            f"got {steps!r}; choose a number in that range."
+            f"`num_inference_steps` must be an integer from 1{most}, got {steps!r}; choose a number in that range."
         )
+
+
+def has_noise_levels(scheduler: Any, schedule: dict[str, Any]) -> bool:
+    """Whether a scheduler's noise levels, and what its model is given of them, are those of another's config entries.
+
+    Args:
+        scheduler: with ᾱ as its `alphas_cumprod`.
+        schedule: entries of the config of a scheduler of its kind, or of another kind.
+    """
+    for name, usual in KINDS_OF_NOISE.items():
+        if (schedule.get(name) or usual) != (scheduler.config.get(name) or usual):
+            return False
+    config = {**scheduler.config, **schedule, "_use_default_values": []}
+    theirs, ours = (other.alphas_cumprod.float() for other in (type(scheduler).from_config(config), scheduler))
+    return len(theirs) == len(ours) and torch.allclose(theirs, ours, atol=1e-4)
 
 
 def check_guidance_interval(interval: Any) -> tuple[float, float]:

@@ -10,6 +10,11 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
+def draws_from_zero(model: Any) -> bool:
+    """Whether a model's data are in [0, 1], as those of a score network with `rescaled` off, instead of [-1, 1]."""
+    return getattr(model, "config", {}).get("rescaled") is False
+
+
 def format_images(images: Tensor, output_type: str) -> Any:
     """Images (B, C, H, W), clamped to [0, 1], as "pt", "np" (B, H, W, C) or "pil"."""
     images = images.clamp(0, 1)

@@ -5,6 +5,7 @@ image; *progress* runs the same way, from 0 at the first step to 1 at the last.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -26,10 +27,11 @@ from .inputs import (
     check_guidance_scale,
     check_latents,
     check_num_inference_steps,
+    has_noise_levels,
     label_tensor,
 )
 from .optimization import optimize_module
-from .outputs import OUTPUT_TYPES, StepCallback, format_images
+from .outputs import OUTPUT_TYPES, StepCallback, draws_from_zero, format_images
 
 GUIDANCE_MODES = ("auto", "mean_shift", "score_shift")
 SCORE_PREDICTIONS = ("epsilon", "sample", "v_prediction")  # the model outputs a score shift can be made in
@@ -42,9 +44,10 @@ Scale = float | Tensor
 class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     """Samples p(x | y) ∝ p(x) p(y | x)^w with an unconditional diffusion model and a classifier of noisy images.
 
-    Each step uses g = w ∇ log p(y | x_t): as Σ g on the mean, where the scheduler's `step` takes `guidance` (Dhariwal &
-    Nichol 2021, algorithm 1), otherwise as -√(1-ᾱ) g on the predicted noise (algorithm 2), for any diffusers scheduler
-    of models that predict noise, x_0 or v. The two agree in the limit of small steps.
+    Each step uses g = w ∇ log p(y | x_t): as Σ g on the mean of a DDPM step, where the scheduler's `step` takes
+    `guidance` (Dhariwal & Nichol 2021, algorithm 1), otherwise as -√(1-ᾱ) g on the predicted noise (algorithm 2), for
+    any diffusers scheduler of models that predict noise, x_0 or v. The two agree in the limit of small steps. Annealed
+    Langevin dynamics follows the guided score, s + g (Song et al. 2021, section 5).
 
     Args:
         unet: predicts from (x_t, t), (B, C, H, W); a UNet with class embeddings is given the labels too, as the
@@ -110,11 +113,14 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         start, end = check_guidance_interval(guidance_interval)
-        check_num_inference_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
+        revisits = _config(self.scheduler, "steps_per_level") is not None
+        check_num_inference_steps(
+            num_inference_steps, math.inf if revisits else self.scheduler.config.num_train_timesteps
+        )
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
         self._check_components()
-        shift_mean = self._shifts_mean(guidance_mode)
+        scheduler_guides = self._scheduler_guides(guidance_mode)
         labels = label_tensor(class_labels, _config(self.classifier, "num_classes"), self._id2label).to(self._device)
         self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         check_generator(generator, len(labels))
@@ -138,7 +144,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
                 latents = self.scheduler.step(output, t, latents, **options).prev_sample
             else:
                 gradient = classifier_gradient(self.classifier, xt, t, labels, scale)
-                if shift_mean:
+                if scheduler_guides:
                     latents = self.scheduler.step(output, t, latents, guidance=gradient, **options).prev_sample
                 else:
                     output = self._shift_score(output, xt, self._alpha_bar(i, t), gradient)
@@ -149,7 +155,9 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
                 latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
 
         self.maybe_free_model_hooks()
-        images = latents if output_type == "latent" else format_images(latents / 2 + 0.5, output_type)
+        images: Any = latents
+        if output_type != "latent":
+            images = format_images(latents if draws_from_zero(self.unet) else latents / 2 + 0.5, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def optimize(self) -> "ClassifierGuidedPipeline":
@@ -226,18 +234,19 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     def _id2label(self) -> dict[int, str]:
         return {int(index): str(name) for index, name in (_config(self.classifier, "id2label") or {}).items()}
 
-    def _shifts_mean(self, guidance_mode: str) -> bool:
-        """Which of the two rules a guidance mode means for this scheduler."""
+    def _scheduler_guides(self, guidance_mode: str) -> bool:
+        """Whether this scheduler's `step` follows a guidance mode by itself; if not, its score is shifted here."""
         check_choice("guidance_mode", guidance_mode, GUIDANCE_MODES)
         takes_guidance = "guidance" in _parameters(self.scheduler.step)
         name = type(self.scheduler).__name__
-        if guidance_mode == "mean_shift" and not takes_guidance:
+        own_mode = getattr(self.scheduler, "guidance_mode", "mean_shift") if takes_guidance else None
+        if own_mode is not None and guidance_mode in ("auto", own_mode):
+            return True
+        if guidance_mode == "mean_shift":
             raise ValueError(
-                f'`guidance_mode` "mean_shift" needs a scheduler whose `step` takes `guidance`, got {name}; use '
+                f'`guidance_mode` "mean_shift" needs a scheduler whose `step` shifts its mean, got {name}; use '
                 '"auto" or "score_shift", or hfdiff.DDPMScheduler.'
             )
-        if takes_guidance and guidance_mode != "score_shift":
-            return True
         kind = _config(self.scheduler, "prediction_type")
         if kind not in SCORE_PREDICTIONS or not hasattr(self.scheduler, "alphas_cumprod"):
             raise ValueError(
@@ -260,10 +269,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         schedule = _config(self.classifier, "noise_schedule")
         if schedule is None or not hasattr(self.scheduler, "alphas_cumprod"):
             return
-        config = {**self.scheduler.config, **schedule, "_use_default_values": []}
-        trained = type(self.scheduler).from_config(config).alphas_cumprod
-        levels = self.scheduler.alphas_cumprod
-        if len(trained) != len(levels) or not torch.allclose(trained.float(), levels.float(), atol=1e-4):
+        if not has_noise_levels(self.scheduler, schedule):
             names = {name: _config(self.scheduler, name) for name in schedule}
             raise ValueError(
                 f"`classifier` must be trained on the scheduler's noise levels, {names}, got {schedule}; make the "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .hub_mixin import HubMixin
 from .inputs import check_choice, check_generator, check_latents
-from .outputs import OUTPUT_TYPES, StepCallback, format_images
+from .outputs import OUTPUT_TYPES, StepCallback, draws_from_zero, format_images
 
 Pictures = Image.Image | list[Image.Image] | np.ndarray | Tensor
 
@@ -165,11 +165,6 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
 
     # --- images and data ---------------------------------------------------------------------------------------------
 
-    @property
-    def _from_zero(self) -> bool:
-        """Whether the model's data are in [0, 1]."""
-        return self.unet.config.get("rescaled") is False
-
     def _known_pixels(self, image: Pictures | None, mask_image: Pictures | None) -> tuple[Tensor, Tensor] | None:
         """The image in the model's range and where it is known, both (B or 1, C or 1, H, W); None without them."""
         if (image is None) != (mask_image is None):
@@ -180,13 +175,13 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
         _, channels, *size = self._shape(1)
         pixels, mask = _to_tensor("image", image, channels, size), _to_tensor("mask_image", mask_image, 1, size)
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
-        pixels = pixels if self._from_zero else 2 * pixels - 1
+        pixels = pixels if draws_from_zero(self.unet) else 2 * pixels - 1
         return pixels.to(self._execution_device, dtype), (mask <= 0.5).to(self._execution_device)
 
     def _to_images(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
-        return format_images(latents if self._from_zero else latents / 2 + 0.5, output_type)
+        return format_images(latents if draws_from_zero(self.unet) else latents / 2 + 0.5, output_type)
 
 
 def _replace(latents: Tensor, image: Tensor, known: Tensor, noise: Tensor | float = 0.0) -> Tensor:
