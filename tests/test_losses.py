@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hfdiff.models.noisy_classifier import NoisyClassifier
+from hfdiff.schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from hfdiff.schedulers.scheduling_ddpm import DDPMScheduler
 from hfdiff.training.losses import (
     classification_loss,
@@ -212,6 +213,22 @@ def test_classification_loss_of_a_guess_is_log_k() -> None:
     assert loss.item() == pytest.approx(math.log(7))
 
 
+def test_a_classifier_of_a_score_network_sees_what_the_network_sees() -> None:
+    """x_0 + σ ε, or that over √(1 + σ²)."""
+    for scaled in (False, True):
+        scheduler, seen = AnnealedLangevinScheduler(5, 0.1, 4.0, scale_input=scaled), []
+        x0, t, noise = batch_of((5, 1, 2, 2), scheduler)
+
+        def classifier(xt: Tensor, t: Tensor, seen: list = seen) -> SimpleNamespace:
+            seen.append(xt)
+            return SimpleNamespace(logits=xt.flatten(1))
+
+        classification_loss(classifier, scheduler, x0, t, noise, t % 4)
+        sigma = 0.1 * 40 ** (t / 4.0).double().view(-1, 1, 1, 1)
+        expected = x0 + sigma * noise
+        torch.testing.assert_close(seen[0], expected / (1 + sigma**2).sqrt() if scaled else expected, rtol=1e-6, atol=0)
+
+
 class GaussianPair:
     """One pixel, x_0 | y ~ N(m_y, s²), y even odds: everything about x_t is known."""
 
@@ -247,13 +264,22 @@ class GaussianPair:
         return self.means[labels].view_as(x0) + self.std * x0, t, noise, labels
 
 
-def test_guided_denoising_loss_of_the_exact_classifier_is_that_of_the_conditional_denoiser() -> None:
-    pair = GaussianPair(DDPMScheduler())
+LEVELS = [
+    DDPMScheduler(prediction_type="epsilon"),
+    AnnealedLangevinScheduler(12, 0.05, 6.0, prediction_type="epsilon", scale_input=True),
+    AnnealedLangevinScheduler.from_config(DDPMScheduler(beta_schedule="squaredcos_cap_v2").config),
+]
+
+
+@pytest.mark.parametrize("scheduler", LEVELS)
+def test_guided_denoising_loss_of_the_exact_classifier_is_that_of_the_conditional_denoiser(scheduler) -> None:
+    pair = GaussianPair(scheduler)
     x0, t, noise, labels = pair.draw(64)
     loss = guided_denoising_loss(
         lambda xt, t: SimpleNamespace(logits=pair.logits(xt, t)), pair.unet, pair.scheduler, x0, t, noise, labels
     )
-    eps = pair.eps_by_class(pair.scheduler.q_sample(x0, t, noise), t).gather(1, labels[:, None])
+    alpha_bar = pair.levels(t)[0].view_as(x0)
+    eps = pair.eps_by_class(alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, t).gather(1, labels[:, None])
     torch.testing.assert_close(loss.detach(), (eps - noise.flatten(1)).square().mean(), **EXACT)
 
 

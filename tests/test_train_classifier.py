@@ -13,8 +13,11 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 
+from hfdiff.models.ncsnv2 import NCSNv2Model
 from hfdiff.models.noisy_classifier import NoisyClassifier
 from hfdiff.pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from hfdiff.pipelines.pipeline_ncsn import NCSNPipeline
+from hfdiff.schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from hfdiff.schedulers.scheduling_ddpm import DDPMScheduler
 from hfdiff.training.config import parse_settings
 
@@ -55,6 +58,14 @@ def diffusion_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_diffusion_model(tmp_path_factory.mktemp("diffusion"))
 
 
+def save_score_network(folder: Path, *, rescaled: bool = True) -> Path:
+    torch.manual_seed(0)
+    levels = {"sigma_min": 0.1, "sigma_max": 9.0}
+    model = NCSNv2Model(8, 1, 8, num_levels=20, rescaled=rescaled, **levels)
+    NCSNPipeline(model, AnnealedLangevinScheduler(20, **levels, steps_per_level=1)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("judge")
@@ -85,6 +96,29 @@ def test_the_guided_pipeline_knows_its_classes_noise_and_scale(guided_pipeline: 
     assert pipe.classifier.id2label == {digit: str(digit) for digit in range(10)}
     assert pipe.config.default_guidance_scale == 3
     assert pipe(["3", "1"], num_inference_steps=2, output_type="pt").images.shape == (2, 1, 8, 8)
+
+
+def test_the_classifier_of_a_score_network_guides_annealed_langevin_dynamics(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    model = ["--diffusion_model", str(save_score_network(tmp_path / "ncsn")), *SAMPLES[:4], "--sample_steps", "30"]
+    script.main([*TINY, *TINY_CLASSIFIER, *model, "--output_dir", str(tmp_path / "guided")])
+    pipe = ClassifierGuidedPipeline.from_pretrained(tmp_path / "guided")
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe.scheduler, AnnealedLangevinScheduler)
+    schedule = {"sigma_schedule": "geometric", "sigma_min": 0.1, "sigma_max": 9.0, "scale_input": False}
+    assert pipe.classifier.config.noise_schedule == {"num_train_timesteps": 20, **schedule}
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = [
+        pipe([3, 1], scale, 30, torch.Generator().manual_seed(1), latents=noise, output_type="pt").images
+        for scale in (0.0, 50.0)
+    ]
+    assert not torch.equal(*images)
+    rows = json.loads((tmp_path / "guided" / "noise_levels.json").read_text())
+    assert [(row["first_timestep"], row["last_timestep"]) for row in rows] == [(2 * i, 2 * i + 1) for i in range(10)]
+    again = ["--init_classifier", str(tmp_path / "guided" / "classifier"), "--output_dir", str(tmp_path / "alone")]
+    script.main([*TINY, *again, "--sample_images", "0"])
+    assert NoisyClassifier.from_pretrained(tmp_path / "alone").config.noise_schedule["sigma_max"] == 9.0
 
 
 def test_accuracy_loss_and_calibration_are_written_by_noise_and_along_the_way(guided_pipeline: Path) -> None:
@@ -228,6 +262,14 @@ def test_settings_that_contradict_each_other_are_refused(script: ModuleType, tmp
     conditional = save_diffusion_model(tmp_path / "conditional", num_class_embeds=10)
     guided = ["--diffusion_model", str(conditional), "--guided_denoising_weight", "1"]
     assert_refused(script, guided, r"guided_denoising_weight.*unconditional", tmp_path)
+
+
+def test_score_networks_that_cannot_be_guided_so_are_refused(script: ModuleType, tmp_path: Path) -> None:
+    model = ["--diffusion_model", str(save_score_network(tmp_path / "ncsn"))]
+    assert_refused(script, [*model, "--beta_schedule", "linear"], r"beta_schedule.*None.*linear", tmp_path)
+    assert_refused(script, [*model, "--guided_denoising_weight", "1"], r"guided_denoising_weight.*variance", tmp_path)
+    from_zero = ["--diffusion_model", str(save_score_network(tmp_path / "zero", rescaled=False))]
+    assert_refused(script, from_zero, r"diffusion_model.*\[-1, 1\]", tmp_path)
 
 
 def test_label_smoothing_spreads_its_share_over_all_classes(script: ModuleType) -> None:

@@ -14,18 +14,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from diffusers import ModelMixin
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from hfdiff.models.noisy_classifier import NoisyClassifier
+from hfdiff.pipelines.inputs import has_noise_levels, most_steps
 from hfdiff.pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
-from hfdiff.schedulers.scheduling_ddpm import DDPMScheduler
 from hfdiff.training.card import find_repository, publish, write_card
 from hfdiff.training.checkpoints import placed
 from hfdiff.training.classifier_report import load_judge, make_monitor, report_noise_levels, report_samples
 from hfdiff.training.config import TrainingSettings, parse_settings
 from hfdiff.training.data import Batch, BatchStream, LabelledImages, load_training_data
+from hfdiff.training.diffusion_model import Levels, make_levels, noise_schedule, open_diffusion_model
 from hfdiff.training.images import Augmentation
 from hfdiff.training.loop import Loss, make_accelerator, train
 from hfdiff.training.losses import classification_loss, guided_denoising_loss
@@ -38,7 +39,6 @@ NO_MODEL = (
     "Train one first, or name one with `--diffusion_model`."
 )
 LEVELS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
-NOISE_SCHEDULE = (*LEVELS, "trained_betas")
 ARCHITECTURE = (
     "model_channels",
     "channel_mult",
@@ -68,8 +68,8 @@ class ClassifierSettings(TrainingSettings):
         label_column: the dataset's column of labels.
         shift_augmentation: move each image by up to this many pixels each way; its border is repeated outwards.
         label_smoothing: share of each label that is spread evenly over all classes, in the cross entropy.
-        diffusion_model: the pipeline folder or Hub id of the diffusion model to guide; gives the noise levels. A run on
-            the digits without any takes out/digits-ddpm where there is one.
+        diffusion_model: the pipeline folder or Hub id of the diffusion model or score network to guide; gives the noise
+            levels. A run on the digits without any takes out/digits-ddpm where there is one.
         num_train_timesteps: T, where there is no diffusion_model; default 1000.
         beta_schedule: the noise levels, where there is no diffusion_model; default linear.
         beta_start: of those levels, their first β.
@@ -148,30 +148,31 @@ def find_diffusion_model(settings: ClassifierSettings) -> ClassifierSettings:
     return replace(settings, diffusion_model=BARE_DIFFUSION_MODEL) if found else settings
 
 
-def load_diffusion_model(settings: ClassifierSettings) -> tuple[UNet2DModel | None, DDPMScheduler]:
-    """The frozen UNet to guide, if any, and the noise levels: its own, those given, or those of `init_classifier`.
+def load_diffusion_model(settings: ClassifierSettings) -> tuple[ModelMixin | None, Levels]:
+    """The frozen network to guide, if any, and the noise levels: its own, those given, or those of `init_classifier`.
 
     Raises:
         ValueError: when it is not there, or the levels given are not its own.
     """
     source, given = settings.diffusion_model, settings.given(LEVELS)
     if not source:
-        return None, DDPMScheduler(**(given or read_config(settings).get("noise_schedule") or {}))
-    with reading_model("diffusion_model", source):
-        unet = UNet2DModel.from_pretrained(source, subfolder="unet")
-        scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
+        return None, make_levels(given or read_config(settings).get("noise_schedule") or {})
+    unet, scheduler = open_diffusion_model(source)
+    own = noise_schedule(scheduler)
     for name, value in given.items():
-        if scheduler.config[name] != value:
-            raise ValueError(
-                f"`{name}` must be the diffusion model's, {scheduler.config[name]}, got {value}; leave it out."
-            )
-    if settings.guided_denoising_weight and unet.config.num_class_embeds is not None:
-        raise ValueError(f"`guided_denoising_weight` needs an unconditional `diffusion_model`, got {source!r}; use 0.")
+        if own.get(name) != value:
+            raise ValueError(f"`{name}` must be the diffusion model's, {own.get(name)}, got {value}; leave it out.")
+    conditional = unet.config.get("num_class_embeds") is not None
+    if settings.guided_denoising_weight and (conditional or not getattr(scheduler, "scales_input", True)):
+        raise ValueError(
+            "`guided_denoising_weight` needs an unconditional `diffusion_model` whose input has unit variance, got "
+            f"{source!r}; use 0."
+        )
     return unet.requires_grad_(False), scheduler
 
 
 def make_classifier(
-    settings: ClassifierSettings, data: LabelledImages, unet: UNet2DModel | None, scheduler: DDPMScheduler
+    settings: ClassifierSettings, data: LabelledImages, unet: ModelMixin | None, scheduler: Levels
 ) -> NoisyClassifier:
     """A new classifier for the data, or the one to start from.
 
@@ -185,17 +186,15 @@ def make_classifier(
     run = {
         "dropout": settings.dropout,
         "id2label": dict(enumerate(data.label_names)),
-        "noise_schedule": {name: scheduler.config[name] for name in NOISE_SCHEDULE},
+        "noise_schedule": noise_schedule(scheduler),
     }
     images["num_classes"] = len(data.label_names)
     if not settings.init_classifier:
         return NoisyClassifier(**images, **run, **(SMALL | settings.given(ARCHITECTURE)))
     before = read_config(settings)
     check_same("init_classifier", before, images)
-    ours = scheduler.alphas_cumprod
-    theirs = DDPMScheduler(**(before.get("noise_schedule") or run["noise_schedule"])).alphas_cumprod
-    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4):
-        expected, came = run["noise_schedule"], before["noise_schedule"]
+    expected, came = run["noise_schedule"], before.get("noise_schedule")
+    if came and not has_noise_levels(scheduler, came):
         raise ValueError(f"`init_classifier` must know the run's noise levels, {expected}, got {came}; take another.")
     return NoisyClassifier.from_pretrained(settings.init_classifier, **run)
 
@@ -215,7 +214,7 @@ def check_same(argument: str, theirs: Any, images: dict[str, int]) -> None:
         raise ValueError(f"`{argument}` must be for the dataset's {images}, got {came}; use another or a `resolution`.")
 
 
-def make_loss(settings: ClassifierSettings, unet: UNet2DModel | None, scheduler: DDPMScheduler, classes: int) -> Loss:
+def make_loss(settings: ClassifierSettings, unet: ModelMixin | None, scheduler: Levels, classes: int) -> Loss:
     """The weighted sum of the two losses; one of weight 0 is not computed."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -263,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def finish(
     settings: ClassifierSettings,
     trained: ClassifierGuidedPipeline | NoisyClassifier,
-    scheduler: DDPMScheduler,
+    scheduler: Levels,
     data: LabelledImages,
     validation: LabelledImages | None,
     repository: str | None,
@@ -272,7 +271,7 @@ def finish(
     guided = isinstance(trained, ClassifierGuidedPipeline)
     classifier = trained.classifier if guided else trained
     usage = (USAGE if guided else USAGE_ALONE).format(
-        folder=repository or settings.output_dir, label=data.label_names[0], steps=min(50, len(scheduler))
+        folder=repository or settings.output_dir, label=data.label_names[0], steps=min(50, most_steps(scheduler))
     )
     with placed(settings.output_dir) as folder:
         trained.save_pretrained(folder)

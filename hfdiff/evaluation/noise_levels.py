@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..pipelines.guidance import log_likelihood
-from ..schedulers.scheduling_ddpm import DDPMScheduler
+from ..training.losses import noisy_input
 from .plots import figure_class
 
 CALIBRATION_BINS = 15  # as in Guo et al. (2017)
@@ -46,7 +46,7 @@ class NoiseBucket(NamedTuple):
 @torch.no_grad()
 def evaluate_noise_levels(
     classifier: Callable[[Tensor, Tensor], Any],
-    scheduler: DDPMScheduler,
+    scheduler: Any,
     images: Any,
     labels: Tensor,
     *,
@@ -58,7 +58,7 @@ def evaluate_noise_levels(
 
     Args:
         classifier: maps (x_t, t) to an object with logits (B, K); in evaluation mode.
-        scheduler: the noise levels.
+        scheduler: the noise levels, hfdiff's DDPMScheduler or AnnealedLangevinScheduler.
         images: clean images in [-1, 1], (N, C, H, W): a tensor, or an `hfdiff.training.images.ImageSet`.
         labels: their classes, (N,).
         num_buckets: at most; no more than timesteps.
@@ -81,7 +81,7 @@ def evaluate_noise_levels(
             x0 = images[start : start + batch_size].to(device)
             timestep = torch.randint(first, end, (len(x0),), generator=generator).to(device)
             noise = randn_tensor(x0.shape, generator=generator, device=device, dtype=x0.dtype)
-            logits.append(classifier(scheduler.q_sample(x0, timestep, noise), timestep).logits.cpu())
+            logits.append(classifier(noisy_input(scheduler, x0, timestep, noise), timestep).logits.cpu())
         rows.append(NoiseBucket(first, end - 1, len(images), *score(torch.cat(logits), labels)))
     return rows
 

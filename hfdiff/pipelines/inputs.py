@@ -31,6 +31,12 @@ def check_num_inference_steps(steps: Any, num_train_timesteps: float) -> None:
         )
 
 
+def most_steps(scheduler: Any) -> float:
+    """The most model calls of a sampling: as many as there are timesteps, or any where each may be visited again."""
+    revisits = scheduler.config.get("steps_per_level") is not None
+    return math.inf if revisits else scheduler.config.num_train_timesteps
+
+
 def has_noise_levels(scheduler: Any, schedule: dict[str, Any]) -> bool:
     """Whether a scheduler's noise levels, and what its model is given of them, are those of another's config entries.
 

@@ -5,7 +5,6 @@ image; *progress* runs the same way, from 0 at the first step to 1 at the last.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -29,6 +28,7 @@ from .inputs import (
     check_num_inference_steps,
     has_noise_levels,
     label_tensor,
+    most_steps,
 )
 from .optimization import optimize_module
 from .outputs import OUTPUT_TYPES, StepCallback, draws_from_zero, format_images
@@ -113,10 +113,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         start, end = check_guidance_interval(guidance_interval)
-        revisits = _config(self.scheduler, "steps_per_level") is not None
-        check_num_inference_steps(
-            num_inference_steps, math.inf if revisits else self.scheduler.config.num_train_timesteps
-        )
+        check_num_inference_steps(num_inference_steps, most_steps(self.scheduler))
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
         self._check_components()

@@ -316,7 +316,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         return 1 / (1 + self.sigmas**2)
 
     @property
-    def _scales_input(self) -> bool:
+    def scales_input(self) -> bool:
+        """Whether the model is given x_t/√(1+σ²), the variance-preserving form of x_t."""
         return self.config.scale_input or self.config.sigma_schedule == "from_betas"
 
     def _sigma(self, timestep: int | Tensor, sample: Tensor) -> Level:
@@ -344,7 +345,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             sample: x_t, (B, C, H, W).
             timestep: t, one for all or (B,).
         """
-        if not self._scales_input:
+        if not self.scales_input:
             return sample
         return (sample / (1 + self._sigma(timestep, sample) ** 2) ** 0.5).to(sample.dtype)
 
@@ -411,7 +412,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
     def _pull(self, output: Tensor, xt: Tensor, sigma: Level) -> Tensor:
         """x̂_0 - x_t = σ² s."""
-        if self.config.prediction_type == "score" and not self._scales_input:
+        if self.config.prediction_type == "score" and not self.scales_input:
             return sigma**2 * output
         alpha_bar = 1 / (1 + sigma**2)
         on_xt, on_output = x0_coefficients(self.config.prediction_type, alpha_bar)  # of the model's input √ᾱ x_t

@@ -16,10 +16,11 @@ from ..evaluation.noise_levels import (
     save_noise_levels,
 )
 from ..models.noisy_classifier import NoisyClassifier
+from ..pipelines.inputs import most_steps
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
-from ..schedulers.scheduling_ddpm import DDPMScheduler
 from .card import Measurement
 from .data import LabelledImages, derive_seed, make_generator
+from .diffusion_model import Levels
 from .samples import save_grid
 from .sources import reading_model
 
@@ -32,7 +33,7 @@ CLASSES_DRAWN = 16  # at most, the first ones
 
 
 def judge_noise_levels(
-    classifier: NoisyClassifier, scheduler: DDPMScheduler, validation: LabelledImages, seed: int
+    classifier: NoisyClassifier, scheduler: Levels, validation: LabelledImages, seed: int
 ) -> list[NoiseBucket]:
     """The classifier on labelled test images, with the same noise whenever it is asked."""
     assert validation.labels is not None
@@ -41,7 +42,7 @@ def judge_noise_levels(
 
 
 def make_monitor(
-    classifier: NoisyClassifier, scheduler: DDPMScheduler, validation: LabelledImages, seed: int
+    classifier: NoisyClassifier, scheduler: Levels, validation: LabelledImages, seed: int
 ) -> Callable[[int], dict[str, float]]:
     """What a training looks at on its way: the measures averaged over all noise levels, and each bucket's accuracy."""
 
@@ -54,7 +55,7 @@ def make_monitor(
 
 
 def report_noise_levels(
-    classifier: NoisyClassifier, scheduler: DDPMScheduler, validation: LabelledImages, seed: int, folder: Path
+    classifier: NoisyClassifier, scheduler: Levels, validation: LabelledImages, seed: int, folder: Path
 ) -> list[Measurement]:
     """Prints the classifier's table by noise level and writes it as `noise_levels.json`, `.csv` and, a plot, `.png`.
 
@@ -89,7 +90,7 @@ def report_samples(
         The accuracy of that classifier, where there is one.
     """
     labels = [label for label in list(pipe.classifier.id2label)[:CLASSES_DRAWN] for _ in range(per_class)]
-    steps = min(steps, pipe.scheduler.config.num_train_timesteps)
+    steps = int(min(steps, most_steps(pipe.scheduler)))
     pipe.set_progress_bar_config(desc="Samples", leave=False)
     images = draw(pipe, labels, derive_seed(seed, "samples", 0), None, steps)
     save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), folder / "samples.png", per_class)

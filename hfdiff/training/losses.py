@@ -171,6 +171,11 @@ def simple_losses(
     return losses * MIN_SNR_WEIGHTS[kind](alpha_bar / (1 - alpha_bar), snr_gamma).to(losses)
 
 
+def noisy_input(scheduler: Any, x0: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+    """What a model is given of x_t: √ᾱ x_0 + √(1-ᾱ) ε of a DDPM, x_0 + σ ε of an NCSN, or the latter scaled."""
+    return scheduler.scale_model_input(scheduler.add_noise(x0, noise, timestep), timestep)
+
+
 # --- denoising score matching ----------------------------------------------------------------------------------------
 
 
@@ -237,7 +242,7 @@ def _vlb(scheduler: DDPMScheduler, output: Tensor, x0: Tensor, xt: Tensor, times
 
 def classification_loss(
     classifier: Model,
-    scheduler: DDPMScheduler,
+    scheduler: DDPMScheduler | AnnealedLangevinScheduler,
     x0: Tensor,
     timestep: Tensor,
     noise: Tensor,
@@ -255,14 +260,14 @@ def classification_loss(
         labels: y, class indices (B,) or probabilities (B, K).
         weight: importance weights, (B,).
     """
-    logits = classifier(scheduler.q_sample(x0, timestep, noise), timestep).logits
+    logits = classifier(noisy_input(scheduler, x0, timestep, noise), timestep).logits
     return weighted_mean(-log_likelihood(logits, labels), weight)
 
 
 def guided_denoising_loss(
     classifier: Model,
     unet: Model,
-    scheduler: DDPMScheduler,
+    scheduler: DDPMScheduler | AnnealedLangevinScheduler,
     x0: Tensor,
     timestep: Tensor,
     noise: Tensor,
@@ -283,14 +288,14 @@ def guided_denoising_loss(
     Args:
         classifier: maps (x_t, t) to logits (B, K); receives gradients, through two backward passes.
         unet: predicts what the scheduler's `prediction_type` says; is frozen here.
-        scheduler: the noise levels of both.
+        scheduler: the noise levels of both; an NCSN's must scale the model's input, to √ᾱ x_0 + √(1-ᾱ) ε, too.
         x0: clean images.
         timestep: t.
         noise: ε.
         labels: y, class indices (B,) or probabilities (B, K).
         weight: importance weights, (B,).
     """
-    xt = scheduler.q_sample(x0, timestep, noise).requires_grad_()
+    xt = noisy_input(scheduler, x0, timestep, noise).requires_grad_()
     alpha_bar = scheduler.alphas_cumprod.to(xt.device)[timestep].to(xt.dtype).view(-1, *[1] * (xt.ndim - 1))
     with torch.no_grad():
         prediction = unet(xt, timestep).sample[:, : xt.shape[1]]  # without a learned variance
