@@ -78,10 +78,14 @@ def test_interpolation_mixes_the_noise_of_its_ends() -> None:
         torch.testing.assert_close(image, math.cos(theta) * first + math.sin(theta) * last, rtol=1e-6, atol=1e-6)
 
 
-def test_a_batch_equals_its_images_one_by_one(network: NCSNPipeline) -> None:
-    batch = network(3, generator=generators(1, 2, 3), output_type="pt").images
+@pytest.mark.parametrize("sampling", ["langevin", "consistent", "predictor_corrector"])
+def test_a_batch_equals_its_images_one_by_one(network: NCSNPipeline, sampling: str) -> None:
+    scheduler = AnnealedLangevinScheduler(6, 0.01, 1.0, steps_per_level=2, sampling=sampling)
+    pipe = NCSNPipeline(network.unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    batch = pipe(3, generator=generators(1, 2, 3), output_type="pt").images
     for index, seed in enumerate((1, 2, 3)):
-        single = network(1, generator=generators(seed), output_type="pt").images
+        single = pipe(1, generator=generators(seed), output_type="pt").images
         torch.testing.assert_close(batch[index], single[0])
 
 
@@ -104,6 +108,24 @@ def test_calls_are_counted_and_every_state_can_be_seen(network: NCSNPipeline) ->
     final = network(1, 9, torch.Generator().manual_seed(0), callback_on_step_end=keep, output_type="latent").images
     assert len(states) == 9
     assert torch.equal(states[-1], final)
+
+
+def test_intermediate_images_are_the_states_that_leave_a_level() -> None:
+    pipe, states = exact_pipeline(steps_per_level=2), []
+
+    def keep(pipe: NCSNPipeline, index: int, timestep: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        states.append(tensors["latents"])
+        return {}
+
+    options = {"callback_on_step_end": keep, "output_type": "latent", "return_intermediates": True}
+    output = pipe(2, 13, torch.Generator().manual_seed(0), **options)
+    assert len(output.intermediates) == 6  # levels of two updates, the last with the denoising call
+    for level, image in enumerate(output.intermediates):
+        assert torch.equal(image, states[2 * level + 1 + (level == 5)])
+    assert torch.equal(output.intermediates[-1], output.images)
+    images, intermediates = pipe(1, 13, output_type="pt", return_dict=False, return_intermediates=True)
+    assert torch.equal(images, intermediates[-1])
+    assert pipe(1, 13, output_type="pt").intermediates is None
 
 
 def test_a_saved_pipeline_draws_the_same(network: NCSNPipeline, tmp_path: Path) -> None:

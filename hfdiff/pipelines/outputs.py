@@ -1,13 +1,26 @@
 """What pipelines give back, and whom they call on the way."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass
+class LevelwiseOutput(ImagePipelineOutput):
+    """Output of a pipeline that samples level by level.
+
+    Args:
+        images: as `output_type` says.
+        intermediates: the images after the last update of each level, from noisy to clean, where they were asked for.
+    """
+
+    intermediates: list[Any] | None = None
 
 
 def draws_from_zero(model: Any) -> bool:

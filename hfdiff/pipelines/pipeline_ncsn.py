@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
 from .hub_mixin import HubMixin
 from .inputs import check_choice, check_generator, check_latents
-from .outputs import OUTPUT_TYPES, StepCallback, draws_from_zero, format_images
+from .outputs import OUTPUT_TYPES, LevelwiseOutput, StepCallback, draws_from_zero, format_images
 
 Pictures = Image.Image | list[Image.Image] | np.ndarray | Tensor
 
@@ -51,7 +51,8 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple[Any]:
+        return_intermediates: bool = False,
+    ) -> LevelwiseOutput | tuple[Any, ...]:
         """Draws images; with `image` and `mask_image`, only the masked part of them (inpainting).
 
         At every level the known pixels are the image's with that level's noise, at the end the image's own (Song &
@@ -68,7 +69,8 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
                 dictionary, whose `latents`, if any, the next step goes on with. It sees every intermediate state.
             callback_on_step_end_tensor_inputs: names of the tensors it is given, of `_callback_tensor_inputs`.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent", x_0 as sampled.
-            return_dict: return an `ImagePipelineOutput` instead of a tuple.
+            return_dict: return a [`LevelwiseOutput`] instead of a tuple.
+            return_intermediates: return the images after the last update of each level, too, from noisy to clean.
 
         Raises:
             ValueError: for an argument out of its range, before any model runs.
@@ -82,7 +84,9 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
         known = self._known_pixels(image, mask_image)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         latents = self._initial_noise(batch_size, generator, latents)
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        timesteps, intermediates = self.scheduler.timesteps, []
+        leaves_level = [*(timesteps[:-1] != timesteps[1:]).tolist(), True]
+        for i, t in enumerate(self.progress_bar(timesteps)):
             if known is not None:
                 noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
                 latents = _replace(latents, *known, noise=self._noise_std(t) * noise)
@@ -90,11 +94,16 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
             if callback_on_step_end is not None:
                 tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                 latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
+            if return_intermediates and leaves_level[i]:
+                intermediates.append(self._to_images(latents, output_type))
         if known is not None:
             latents = _replace(latents, *known)
         self.maybe_free_model_hooks()
         images = self._to_images(latents, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        states = intermediates if return_intermediates else None
+        if not return_dict:
+            return (images,) if states is None else (images, states)
+        return LevelwiseOutput(images=images, intermediates=states)
 
     @torch.no_grad()
     def interpolate(

@@ -121,7 +121,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         denoise_final: end with a step free of noise, x + σ_min² s (Jolicoeur-Martineau et al. 2021, section 3.1), a
             model call of its own, but for predictor_corrector, whose last predictor it is.
         sampling: langevin, consistent or predictor_corrector.
-        snr: r of the corrector's step 2 (r ‖z‖/‖s‖)², norms averaged over the batch (Song et al. 2021, algorithm 4).
+        snr: r of the corrector's step 2 (r ‖z‖/‖s‖)² (Song et al. 2021, algorithm 4). The norms are averaged over the
+            batch, as in the original, or are each image's own where `step` has a generator for each.
         prediction_type: what the model predicts: score, epsilon, sample (x_0) or v_prediction. v is that of the
             model's scaled input, √ᾱ ε - √(1-ᾱ) x_0 with ᾱ = 1/(1+σ²).
         scale_input: the model is given x_t/√(1+σ²), whose variance is near 1 at every level, as suits a UNet that was
@@ -403,7 +404,11 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         else:
             if variance_noise is None:
                 variance_noise = randn_tensor(xt.shape, generator=generator, device=xt.device, dtype=xt.dtype)
-            gain = corrector_gain(pull, variance_noise, sigma, self.config.snr) if update.gain is None else update.gain
+            gain: Tensor | float = (
+                corrector_gain(pull, variance_noise, sigma, self.config.snr, by_image=isinstance(generator, list))
+                if update.gain is None
+                else update.gain
+            )
             scale = (2 * gain) ** 0.5 * sigma if update.gain is None else update.noise
             prev = xt + gain * pull + scale * variance_noise
         self._step_index = index + 1
@@ -419,7 +424,9 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         return (on_xt * alpha_bar**0.5 - 1) * xt + on_output * output
 
 
-def corrector_gain(pull: Tensor, noise: Tensor, sigma: float, snr: float) -> Tensor:
-    """k = α/σ² of α = 2 (r ‖z‖/‖s‖)², norms averaged over the batch (Song et al. 2021, algorithm 4)."""
-    score_norm, noise_norm = (x.flatten(1).norm(dim=1).mean() for x in (pull / sigma**2, noise))
-    return 2 * (snr * noise_norm / score_norm) ** 2 / sigma**2
+def corrector_gain(pull: Tensor, noise: Tensor, sigma: float, snr: float, *, by_image: bool) -> Tensor:
+    """k = α/σ² of α = 2 (r ‖z‖/‖s‖)² (Song et al. 2021, algorithm 4), norms averaged over the batch or (B, 1, 1, 1)."""
+    score_norm, noise_norm = (x.flatten(1).norm(dim=1) for x in (pull / sigma**2, noise))
+    if not by_image:
+        score_norm, noise_norm = score_norm.mean(), noise_norm.mean()
+    return (2 * (snr * noise_norm / score_norm) ** 2 / sigma**2).reshape(-1, *[1] * (pull.ndim - 1))
