@@ -100,7 +100,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--pipeline", default="hfdiff/mnist-classifier-guided", help="folder or Hub id")
     command.add_argument("--labels", nargs="+", required=True, help="class names or indices")
     command.add_argument("--scale", type=float, help="guidance scale; the pipeline's own by default, 0 is off")
-    command.add_argument("--scheduler", help="a scheduler of diffusers, like DDIM; the pipeline's own by default")
+    command.add_argument(
+        "--scheduler", help="a scheduler of diffusers, like DDIM, or AnnealedLangevin; the pipeline's own by default"
+    )
     command.add_argument("--num", type=int, default=1, help="images of each label")
     command.add_argument(
         "--output", type=Path, default=Path("out/samples.png"), help="grid.png, samples.npz or a folder"

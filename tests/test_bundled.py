@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from hfdiff import ClassifierGuidedPipeline, NoisyClassifier
@@ -46,6 +47,13 @@ def test_names_and_schedule_are_in_the_folder(pipe):
     assert pipe.classifier.id2label == {index: str(index) for index in range(10)}
     assert pipe.classifier.config.noise_schedule["beta_schedule"] == pipe.scheduler.config.beta_schedule
     assert pipe.unet.dtype == torch.float32
+
+
+def test_diffusers_opens_the_folder_by_its_entry_file(pipe):
+    opened = DiffusionPipeline.from_pretrained(PIPELINES / "mnist-classifier-guided", trust_remote_code=True)
+    opened.set_progress_bar_config(disable=True)
+    images = [p([5], 2.0, 2, torch.Generator().manual_seed(0), output_type="pt").images for p in (pipe, opened)]
+    assert torch.equal(*images)
 
 
 def test_demo_writes_the_picture(tmp_path, capsys):

@@ -103,6 +103,9 @@ def test_a_scheduler_is_made_from_the_pipelines_own_each_time(guided):
     assert isinstance(swapped.scheduler, diffusers.DDIMScheduler)
     assert swapped.scheduler.config.prediction_type == guided.scheduler.config.prediction_type
     assert (swapped.draw(0) != own).any()
+    bridged = Sampler(guided, settings(scheduler="AnnealedLangevin", num_inference_steps=50))
+    assert bridged.provenance["scheduler"] == "hfdiff.AnnealedLangevinScheduler"
+    assert bridged.scheduler.config.sigma_schedule == "from_betas"
     named = Sampler(guided, settings(scheduler="DDPM"))  # hfdiff's, as the pipeline's own is one
     assert named.provenance["scheduler"] == "hfdiff.DDPMScheduler"
     assert (named.draw(0) == own).all()

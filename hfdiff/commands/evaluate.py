@@ -47,7 +47,9 @@ def add_parser(commands: Any) -> None:
     add_sampling_flags(drawing)
     drawing.add_argument("--guidance_scale", type=float, help="the pipeline's own by default, 0 is off")
     drawing.add_argument("--num_inference_steps", type=int, help="model calls per image; the pipeline's own by default")
-    drawing.add_argument("--scheduler", help="a scheduler of diffusers, like DDIM; the pipeline's own by default")
+    drawing.add_argument(
+        "--scheduler", help="a scheduler of diffusers, like DDIM, or AnnealedLangevin; the pipeline's own by default"
+    )
     drawing.add_argument("--samples_dir", type=Path, help="where the images go; a folder of out/samples by default")
 
 

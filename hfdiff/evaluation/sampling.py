@@ -23,6 +23,7 @@ from ..pipelines.hub_download import fetch
 from ..pipelines.inputs import check_choice, check_guidance_scale, label_tensor
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..pipelines.pipeline_ncsn import NCSNPipeline
+from ..schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .features import files_checksum
 from .sources import FEWEST
 
@@ -46,8 +47,8 @@ class SamplingSettings:
         class_labels: names or indices of classes.
         guidance_scale: w; the pipeline's own by default.
         num_inference_steps: model calls per image; the pipeline's own number by default.
-        scheduler: a scheduler of diffusers by its class name, like "DDIM"; the pipeline's own by default, which its own
-            class name also means.
+        scheduler: a scheduler of diffusers by its class name, like "DDIM", or "AnnealedLangevin"; the pipeline's own by
+            default, which its own class name also means.
         seed: of the noise and of random labels.
         sampling_batch_size: images drawn together.
 
@@ -125,12 +126,16 @@ def open_pipeline(source: str, device: torch.device | str = "cpu") -> OpenedPipe
 
 
 def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:
-    """A scheduler of diffusers by its class name, with or without its "Scheduler"."""
-    known = [key for key in dir(diffusers) if key.endswith("Scheduler")]
+    """A scheduler of diffusers, or "AnnealedLangevin", by its class name with or without its "Scheduler"."""
+    known = {key: getattr(diffusers, key) for key in dir(diffusers) if key.endswith("Scheduler")}
+    known[AnnealedLangevinScheduler.__name__] = AnnealedLangevinScheduler
     for candidate in (name, f"{name}Scheduler"):
         if candidate in known:
-            return getattr(diffusers, candidate)
-    raise ValueError(f"`--scheduler` must be a scheduler of diffusers, got {name!r}; choose among {', '.join(known)}.")
+            return known[candidate]
+    raise ValueError(
+        f"`--scheduler` must be a scheduler of diffusers or AnnealedLangevin, got {name!r}; choose among "
+        f"{', '.join(known)}."
+    )
 
 
 def class_indices(labels: Sequence[int | str], id2label: dict[int, str]) -> list[int | str]:
