@@ -11,6 +11,7 @@ from hfdiff.evaluation.statistics import feature_statistics, save_statistics
 
 
 def make_judge():
+    """A classifier of grey images of 8 pixels, in three classes, with random weights."""
     return NoisyClassifier(
         sample_size=8, in_channels=1, num_classes=3, model_channels=8, channel_mult=(1,), norm_num_groups=4,
         num_head_channels=8, attention_downsamples=()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_bad_input import make_judge
 from torch import nn
 
-from hfdiff import NoisyClassifier
 from hfdiff.commands import evaluate as command
 from hfdiff.evaluation.accuracy import class_accuracy
 from hfdiff.evaluation.evaluate import Evaluator, evaluate
@@ -145,6 +145,17 @@ def test_report_says_what_was_measured(corner, tmp_path):
         report.write(tmp_path / "report.txt")
 
 
+def test_extrapolation_stands_beside_the_distance_of_few_images(corner):
+    """Four features: below 20 images, and down to the 10 that can be extrapolated from."""
+    for count, expected in [(9, ["fid", "is"]), (19, ["fid", "fid_infinity", "is"]), (20, ["fid", "is"])]:
+        samples, reference = images_in_memory(SAMPLES[:count]), Reference(images_in_memory(REAL))
+        report = evaluate(samples, reference, corner, ["fid", "is"], SETTINGS)
+        assert list(report.metrics) == expected
+        assert len(report.warnings) == (count < 20)
+    asked = evaluate(images_in_memory(SAMPLES[:19]), reference, corner, ["fid_infinity", "fid"], SETTINGS)
+    assert list(asked.metrics) == ["fid_infinity", "fid"]
+
+
 def test_samples_sorted_by_class_and_other_sizes_are_warned_of():
     class Class(nn.Module):
         def forward(self, images):
@@ -209,10 +220,7 @@ def test_settings_are_checked():
 def folder(tmp_path_factory):
     """A classifier, samples as an npz file and real images as a folder."""
     path = tmp_path_factory.mktemp("evaluate")
-    NoisyClassifier(
-        sample_size=8, in_channels=1, num_classes=3, model_channels=8, channel_mult=(1,), norm_num_groups=4,
-        num_head_channels=8, attention_downsamples=()
-    ).save_pretrained(path / "classifier")  # fmt: skip
+    make_judge().save_pretrained(path / "classifier")
     np.savez(path / "samples.npz", SAMPLES.permute(0, 2, 3, 1).numpy(), LABELS.numpy())
     (path / "real").mkdir()
     for index, image in enumerate(REAL):

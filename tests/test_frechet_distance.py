@@ -2,12 +2,17 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from hfdiff.evaluation.evaluate import evaluate
+from hfdiff.evaluation.feature_set import Reference
+from hfdiff.evaluation.features import ModuleFeatures
 from hfdiff.evaluation.metrics import frechet_distance, frechet_distance_infinity, small_sample_warning
+from hfdiff.evaluation.sources import images_in_memory
 from hfdiff.evaluation.statistics import feature_statistics
 
 
@@ -51,6 +56,25 @@ def test_images_that_are_all_alike_have_a_distance():
     assert frechet_distance(mean, zero, mean, zero) == 0
 
 
+def test_arrays_of_numpy():
+    mean, covariance = np.zeros(3, np.float32), np.eye(3)
+    assert frechet_distance(mean, covariance, mean + 1, 4 * covariance) == pytest.approx(6)
+    features = np.random.default_rng(0).normal(size=(30, 3))
+    tensors = [torch.from_numpy(array) for array in (features, mean, covariance)]
+    torch.manual_seed(1)
+    found = frechet_distance_infinity(features, mean, covariance)
+    torch.manual_seed(1)
+    assert found == frechet_distance_infinity(*tensors)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_what_is_not_finite_is_refused(place):
+    arrays = [torch.zeros(3), torch.eye(3), torch.zeros(3), torch.eye(3)]
+    arrays[place] = arrays[place] * torch.nan
+    with pytest.raises(ValueError, match="must be finite"):
+        frechet_distance(*arrays)
+
+
 class Pixels(nn.Module):
     """A network whose features are smooth functions of the first pixels."""
 
@@ -67,6 +91,34 @@ def test_equals_torchmetrics_with_the_same_module():
         metric.update(part, real=real)
     reference, samples = (feature_statistics(Pixels()(part)) for part in images)
     assert frechet_distance(*samples[:2], *reference[:2]) == pytest.approx(metric.compute().item(), abs=1e-6)
+
+
+class Convolution(nn.Module):
+    """Features of colour images, in the precision of its weights, which torchmetrics changes with its own."""
+
+    num_features = 12
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 12, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images.to(self.layers[0].weight.dtype) / 127.5 - 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("real", "fake"), [(40, 70), (8, 9)])
+def test_evaluation_equals_torchmetrics_with_a_convolution(real, fake):
+    """From images to number, with more and with fewer images than features."""
+    network = Convolution().eval()
+    metric = FrechetInceptionDistance(feature=network, input_img_size=(3, 9, 7)).set_dtype(torch.float64)
+    images = {True: torch.randint(256, (real, 3, 9, 7), dtype=torch.uint8)}
+    images[False] = torch.randint(200, (fake, 3, 9, 7), dtype=torch.uint8)
+    for is_real, part in images.items():
+        metric.update(part, real=is_real)
+    reference, extractor = Reference(images_in_memory(images[True])), ModuleFeatures(network, "convolution")
+    report = evaluate(images_in_memory(images[False]), reference, extractor, ["fid"])
+    assert report.metrics["fid"] == pytest.approx(metric.compute().item(), abs=1e-6)
 
 
 def test_extrapolation_removes_the_bias_of_few_images():

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, from the repository's root."""
+"""The Python of the README and of docs/evaluation.md runs as it stands, from the repository's root."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "evaluation.md")
+EXAMPLES = [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

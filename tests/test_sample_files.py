@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from command_processes import start
+from test_bad_input import make_judge
 from test_pipeline import make_pipeline
 from tiny_training import finish, kill
 
-from hfdiff import NoisyClassifier
 from hfdiff.evaluation.sample_files import draw_samples
 from hfdiff.evaluation.sampling import Sampler, SamplingSettings, open_pipeline
 from hfdiff.evaluation.sources import open_images
@@ -25,10 +25,7 @@ def folder(tmp_path_factory):
     """A pipeline, a judge and real images."""
     path = tmp_path_factory.mktemp("set")
     make_pipeline().save_pretrained(path / "pipeline")
-    NoisyClassifier(
-        sample_size=8, in_channels=1, num_classes=3, model_channels=8, channel_mult=(1,), norm_num_groups=4,
-        num_head_channels=8, attention_downsamples=()
-    ).save_pretrained(path / "judge")  # fmt: skip
+    make_judge().save_pretrained(path / "judge")
     real = np.random.default_rng(0).integers(256, size=(60, 8, 8, 1), dtype=np.uint8)
     np.savez(path / "real.npz", real)
     return path

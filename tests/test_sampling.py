@@ -68,6 +68,14 @@ def test_an_image_does_not_depend_on_how_many_there_are(guided):
     assert np.abs(alone[0] * 255 - few[0]).max() <= 1  # sums of another order round differently
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_weights_are_where_torch_puts_tensors(folder, device):
+    """The second device is that of several processes, where torch copies weights; kernels round by their address."""
+    pipe = open_pipeline(str(folder / "guided"), device).pipe
+    places = [tensor.data_ptr() % 64 for part in (pipe.unet, pipe.classifier) for tensor in part.parameters()]
+    assert set(places) == {torch.empty(1).data_ptr() % 64}
+
+
 def test_label_policies(guided):
     """Three classes: cat, dog and fox."""
     assert labels(guided) == [0, 1, 2, 0, 1, 2, 0]

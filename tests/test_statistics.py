@@ -75,6 +75,9 @@ def test_files_of_others_are_read(tmp_path):
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, "shapes"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "symmetric"),
         ({"mu": np.array([0.0, np.nan]), "sigma": np.eye(2)}, "finite"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "variances of at least 0"),
+        ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "must be numbers"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "provenance": np.asarray("mine")}, "bad.npz"),
     ],
 )
 def test_files_of_something_else_are_refused(tmp_path, arrays, message):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from command_processes import start
 from PIL import Image
+from test_bad_input import make_judge
 from test_pipeline import make_pipeline
 from tiny_training import finish
 
-from hfdiff import NoisyClassifier, cli
+from hfdiff import cli
 from hfdiff.commands.sweep import plot
 from hfdiff.evaluation.evaluate import Evaluator
 from hfdiff.evaluation.sampling import Sampler, SamplingSettings
@@ -99,10 +100,7 @@ def test_plot_has_a_panel_per_metric_and_a_line_per_curve():
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sweep")
     make_pipeline().save_pretrained(path / "pipeline")
-    NoisyClassifier(
-        sample_size=8, in_channels=1, num_classes=3, model_channels=8, channel_mult=(1,), norm_num_groups=4,
-        num_head_channels=8, attention_downsamples=()
-    ).save_pretrained(path / "judge")  # fmt: skip
+    make_judge().save_pretrained(path / "judge")
     np.savez(path / "real.npz", np.random.default_rng(0).integers(256, size=(40, 8, 8, 1), dtype=np.uint8))
     return SimpleNamespace(pipeline=path / "pipeline", judge=path / "judge", real=path / "real.npz")
 
@@ -147,6 +145,9 @@ def test_a_sweep_goes_on_where_it_was_stopped(folder, tmp_path, capsys, monkeypa
     assert run(*command(folder, tmp_path)) == 0
     assert (len(draws), len(measured)) == (9, 4)
     assert (tmp_path / "sweep.csv").read_bytes() == first
+    assert run(*command(folder, tmp_path, "--metrics", "recall,accuracy")) == 0
+    assert (tmp_path / "sweep.csv").read_text().splitlines()[0].endswith(",num_images,recall,accuracy")
+    assert (len(draws), len(measured)) == (9, 4)
     assert run(*command(folder, tmp_path, "--metrics", "accuracy", "--nearest", "2")) == 0
     assert (len(draws), len(measured)) == (9, 8)  # measured anew, not drawn
     assert run(*command(folder, tmp_path, "--seed", "1")) == 2

@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> None:
         reports.append(report)
         if accelerator.is_main_process:
             print(f"{len(reports)} of {len(points)}: {_describe(report)}", file=sys.stderr, flush=True)
-    if accelerator.is_main_process:
-        table = SweepTable.of(reports)
+    if evaluator is not None:
+        table = SweepTable.of(reports, [*evaluator.metrics])
         table.write(args.output_dir)
         image = io.BytesIO()
         plot(table, _caption(reports[0])).savefig(image, dpi=120, format="png")

@@ -11,8 +11,11 @@ from .metric_set import EvaluationSettings
 from .metrics import frechet_distance, frechet_distance_infinity
 from .noise_levels import NoiseBucket, evaluate_noise_levels, expected_calibration_error
 from .precision_recall import PrecisionRecall, precision_recall
+from .sample_files import draw_samples, join_processes
+from .sampling import Sampler, SamplingSettings, open_pipeline
 from .sources import ImageSource, images_in_memory, open_images
 from .statistics import FeatureStatistics, RunningStatistics, feature_statistics, load_statistics, save_statistics
+from .sweep import SweepTable, sweep, sweep_points
 
 __all__ = [
     "BitsPerDim",
@@ -27,9 +30,13 @@ __all__ = [
     "PrecisionRecall",
     "Reference",
     "RunningStatistics",
+    "Sampler",
+    "SamplingSettings",
+    "SweepTable",
     "bits_per_dim",
     "class_accuracy",
     "compute_statistics",
+    "draw_samples",
     "evaluate",
     "evaluate_noise_levels",
     "expected_calibration_error",
@@ -38,12 +45,16 @@ __all__ = [
     "frechet_distance_infinity",
     "images_in_memory",
     "inception_score",
+    "join_processes",
     "kernel_inception_distance",
     "load_features",
     "load_statistics",
     "open_images",
+    "open_pipeline",
     "open_reference",
     "precision_recall",
     "save_statistics",
     "spread_timesteps",
+    "sweep",
+    "sweep_points",
 ]

@@ -9,8 +9,8 @@ from torch import Tensor
 from .feature_set import STATISTICS, Reference, collect, collect_reference, first_features
 from .features import FeatureExtractor, ImageFeatures
 from .inception_score import inception_score
-from .metric_set import LABELS, METRICS, EvaluationSettings, Value
-from .metrics import small_sample_warning
+from .metric_set import LABELS, METRICS, EvaluationSettings, Metric, Value
+from .metrics import FEWEST_TO_EXTRAPOLATE, small_sample_warning
 from .report import Report
 from .sources import ImageSource
 from .statistics import StatisticsFile
@@ -22,6 +22,8 @@ SAME_FEATURES = ("weights_sha256", "resize")  # of a record of provenance
 
 class Evaluator:
     """Computes metrics of sets of generated images against one reference, which is gone through once.
+
+    Where a set is so small that its FID is biased, FID∞ stands beside it, asked for or not.
 
     Args:
         reference: the real images; `Reference()` where no metric needs them.
@@ -74,16 +76,17 @@ class Evaluator:
         """
         first = self._check(samples)
         references = {LABELS: samples.labels, **self._reference_parts()}
-        needs = {metric.samples for metric in self.metrics.values()}
+        metrics = self._with_extrapolation(samples.count, first.pooled.shape[1])
+        needs = {metric.samples for metric in metrics.values()}
         parts = collect(samples, self.extractor, needs, self.settings.batch_size)
         values: dict[str, Value] = {}
-        for name, metric in self.metrics.items():
+        for name, metric in metrics.items():
             if name not in values:
                 values |= metric.compute(parts[metric.samples], references.get(metric.reference or ""), self.settings)
         widths = {name: getattr(first, kind).shape[1] for name, kind in FRECHET.items() if name in self.metrics}
         return Report(
-            metrics={name: values[name].mean for name in self.metrics},
-            spread={name: std for name in self.metrics if (std := values[name].std) is not None},
+            metrics={name: values[name].mean for name in metrics},
+            spread={name: std for name in metrics if (std := values[name].std) is not None},
             **self._inputs(samples, first),
             warnings=_warnings(samples, self.reference, widths)
             + (_split_warnings(parts["probs"], values["is"]) if "is" in self.metrics else []),
@@ -97,6 +100,14 @@ class Evaluator:
         if self.reference.statistics is not None:
             _check_statistics(self.reference.statistics, first, self.extractor.provenance, list(self.metrics))
         return first
+
+    def _with_extrapolation(self, count: int, width: int) -> dict[str, Metric]:
+        """The metrics, with FID∞ after the FID of few images; only then, as it keeps all features in memory."""
+        if "fid" not in self.metrics or count < FEWEST_TO_EXTRAPOLATE or small_sample_warning(count, width) is None:
+            return self.metrics
+        names = [*self.metrics]
+        names.insert(names.index("fid") + 1, "fid_infinity")
+        return {name: METRICS[name] for name in names}
 
     def _reference_parts(self) -> dict[str, Any]:
         if self._parts is None:

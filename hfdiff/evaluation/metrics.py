@@ -11,9 +11,12 @@ from .statistics import as_features, feature_statistics
 IMAGES_PER_FEATURE = 5  # N / D from which FID's bias is small: 10,000 images for Inception's 2,048 features
 ROUNDING = 16 * torch.finfo(torch.float64).eps  # of an eigenvalue, relative to the matrix's Frobenius norm
 SMALLEST_SHARE = 5  # the smallest subset of FID∞ has 1/5 of the images, so it has as many as features
+FEWEST_TO_EXTRAPOLATE = 2 * SMALLEST_SHARE  # images, as a covariance needs two
 
 
-def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
+def frechet_distance(
+    mu1: Tensor | np.ndarray, cov1: Tensor | np.ndarray, mu2: Tensor | np.ndarray, cov2: Tensor | np.ndarray
+) -> float:
     """‖μ₁ - μ₂‖² + tr(C₁ + C₂ - 2 (C₁ C₂)^{1/2}), the squared 2-Wasserstein distance of two Gaussians.
 
     Reference: Heusel et al. 2017, equation 6. The trace of the root is that of (Fᵀ C₂ F)^{1/2} with C₁ = F Fᵀ, whose
@@ -26,17 +29,17 @@ def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> fl
         cov2: their covariance, (D, D), symmetric.
 
     Raises:
-        ValueError: when the shapes do not belong together.
+        ValueError: when the shapes do not belong together, or for NaN.
     """
-    _check_shapes(mu1, cov1, mu2, cov2)
-    mu1, cov1, mu2, cov2 = (array.double() for array in (mu1, cov1, mu2, cov2))
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(array).double() for array in (mu1, cov1, mu2, cov2))
+    _check_gaussians(mu1, cov1, mu2, cov2)
     return _distance(mu1, cov1, _factor(cov1), mu2, cov2)
 
 
 def frechet_distance_infinity(
-    features: Tensor,
-    mu: Tensor,
-    cov: Tensor,
+    features: Tensor | np.ndarray,
+    mu: Tensor | np.ndarray,
+    cov: Tensor | np.ndarray,
     *,
     num_points: int = 15,
     generator: torch.Generator | None = None,
@@ -62,11 +65,11 @@ def frechet_distance_infinity(
     """
     if num_points < 2:
         raise ValueError(f"`num_points` must be at least 2 to fit a line, got {num_points}.")
-    features = as_features("features", features, minimum=2 * SMALLEST_SHARE)
-    _check_shapes(features[0], cov, mu, cov)
+    features = as_features("features", features, minimum=FEWEST_TO_EXTRAPOLATE)
+    mu, cov = torch.as_tensor(mu).double(), torch.as_tensor(cov).double()
+    _check_gaussians(features[0], cov, mu, cov)
     if warning := small_sample_warning(*features.shape):
         warnings.warn(warning, stacklevel=2)
-    mu, cov = mu.double(), cov.double()
     factor = _factor(cov)
     sizes = np.linspace(len(features) // SMALLEST_SHARE, len(features), num_points).astype(int)
     distances = []
@@ -89,10 +92,12 @@ def small_sample_warning(count: int, width: int) -> str | None:
     )
 
 
-def _check_shapes(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> None:
+def _check_gaussians(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> None:
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not cov1.shape == cov2.shape == (*mu1.shape, *mu1.shape):
         shapes = [tuple(array.shape) for array in (mu1, cov1, mu2, cov2)]
         raise ValueError(f"Expected shapes (D,), (D, D), (D,), (D, D), got {shapes}; use features of one network.")
+    if not all(array.isfinite().all() for array in (mu1, cov1, mu2, cov2)):
+        raise ValueError("Means and covariances must be finite, got NaN or infinity; check the network and its input.")
 
 
 def _factor(cov: Tensor) -> Tensor:

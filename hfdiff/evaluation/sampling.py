@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import diffusers
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..images import to_bytes
 from ..pipelines.hub_download import fetch
@@ -121,8 +121,17 @@ def open_pipeline(source: str, device: torch.device | str = "cpu") -> OpenedPipe
             f"`pipeline` must draw from noise or from class labels, got {type(pipe).__name__} of {source!r}; sample it "
             "yourself and measure the images."
         )
+    _own_memory(pipe)
     files = sorted(path for path in folder.glob("*/*") if path.suffix in COMPONENT_FILES)
     return OpenedPipeline(pipe, source, files_checksum(files), pipe.scheduler)
+
+
+def _own_memory(pipe: Any) -> None:
+    """Copies weights that lie in a mapped file, at any address of it; some kernels round by the address."""
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = tensor.data.clone()
 
 
 def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:

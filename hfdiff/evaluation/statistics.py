@@ -166,17 +166,20 @@ def load_statistics(path: str | Path) -> StatisticsFile:
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files if name != "arr_0"}
+        features = json.loads(str(arrays.get("provenance", "{}")))
     except UNREADABLE as error:
         raise ValueError(f"{str(path)!r} must be an npz file of statistics: {error}; write it again.") from error
     if not {"mu", "sigma"} <= set(arrays):
         raise ValueError(f"{str(path)!r} must hold mu and sigma, got {sorted(arrays)}.")
     count = int(arrays["num_images"]) if "num_images" in arrays else None
-    features = json.loads(str(arrays["provenance"])) if "provenance" in arrays else {}
     spatial = _read(path, arrays, "mu_s", "sigma_s", count) if {"mu_s", "sigma_s"} <= set(arrays) else None
     return StatisticsFile(_read(path, arrays, "mu", "sigma", count), spatial, features, str(path))
 
 
 def _read(path: str | Path, arrays: dict[str, Any], mu: str, sigma: str, count: int | None) -> FeatureStatistics:
+    kinds = [arrays[name].dtype for name in (mu, sigma)]
+    if any(kind.kind not in "fiu" for kind in kinds):
+        raise ValueError(f"{mu} and {sigma} of {str(path)!r} must be numbers, got {kinds[0]} and {kinds[1]}.")
     mean, covariance = torch.as_tensor(arrays[mu]).double(), torch.as_tensor(arrays[sigma]).double()
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
@@ -186,4 +189,6 @@ def _read(path: str | Path, arrays: dict[str, Any], mu: str, sigma: str, count: 
     finite = mean.isfinite().all() and covariance.isfinite().all()
     if not finite or (covariance - covariance.T).abs().max() > ASYMMETRY * covariance.abs().max():
         raise ValueError(f"{mu} and {sigma} of {str(path)!r} must be finite and {sigma} symmetric; compute them again.")
+    if (covariance.diagonal() < 0).any():
+        raise ValueError(f"{sigma} of {str(path)!r} must hold variances of at least 0; compute it again.")
     return FeatureStatistics(mean, covariance, count)

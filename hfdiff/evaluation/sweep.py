@@ -105,7 +105,7 @@ def _measure(evaluator: Evaluator | None, file: Path, path: Path) -> Report:
         report = read_report(path)
         inputs = evaluator.inputs(samples)
         same = all(getattr(report, name) == value for name, value in inputs.items())
-        if same and list(report.metrics) == list(evaluator.metrics):
+        if same and evaluator.metrics.keys() <= report.metrics.keys():
             return report
     report = evaluator(samples)
     report.write(path)
@@ -125,10 +125,13 @@ class SweepTable:
     metrics: list[str]
 
     @classmethod
-    def of(cls, reports: Sequence[Report]) -> "SweepTable":
-        """The table of the points' reports."""
-        rows = [{name: report.samples[name] for name in SETTINGS} | report.metrics for report in reports]
-        return cls(rows, list(reports[0].metrics))
+    def of(cls, reports: Sequence[Report], metrics: Sequence[str]) -> "SweepTable":
+        """The table of some metrics of the points' reports."""
+        rows = [
+            {name: report.samples[name] for name in SETTINGS} | {name: report.metrics[name] for name in metrics}
+            for report in reports
+        ]
+        return cls(rows, list(metrics))
 
     def curves(self) -> dict[tuple[str, int], list[Row]]:
         """The points of each scheduler and number of steps, by rising scale."""
