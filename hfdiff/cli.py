@@ -1,20 +1,23 @@
 """The `hfdiff` command: `sample` draws from a pipeline, `demo` shows the bundled one; `commands` holds the others."""
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 
 from .commands import bits_per_dim, evaluate, push, sweep
-from .evaluation.sampling import class_indices, scheduler_class
+from .evaluation.sampling import class_indices, open_pipeline, scheduler_class
 from .images import image_grid, to_bytes
 from .models.noisy_classifier import NoisyClassifier
 from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from .pipelines.pipeline_ncsn import NCSNPipeline
 from .training.process import is_first_process
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -25,36 +28,63 @@ def draw(
     pipe: ClassifierGuidedPipeline, labels: Sequence[int | str], seed: int, scale: float | None, steps: int
 ) -> np.ndarray:
     """One image per label, (N, H, W, C) uint8; image i has its own generator, so it is the same in any batch."""
+
+    def draw_rows(rows: range, **options: Any) -> Any:
+        return pipe(labels[rows.start : rows.stop], guidance_scale=scale, num_inference_steps=steps, **options)
+
+    return _draw_batches(draw_rows, len(labels), seed)
+
+
+def draw_unlabelled(pipe: NCSNPipeline, count: int, seed: int, steps: int) -> np.ndarray:
+    """Images of a pipeline without classes, as [`draw`] gives them."""
+    return _draw_batches(lambda rows, **options: pipe(len(rows), steps, **options), count, seed)
+
+
+def _draw_batches(draw_rows: Callable[..., Any], count: int, seed: int) -> np.ndarray:
     batches = []
-    for start in range(0, len(labels), BATCH_SIZE):
-        batch = labels[start : start + BATCH_SIZE]
-        generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))]
-        output = pipe(batch, guidance_scale=scale, num_inference_steps=steps, generator=generators, output_type="np")
-        batches.append(to_bytes(output[0]))
+    for start in range(0, count, BATCH_SIZE):
+        rows = range(start, min(start + BATCH_SIZE, count))
+        generators = [torch.Generator().manual_seed(seed + row) for row in rows]
+        batches.append(to_bytes(draw_rows(rows, generator=generators, output_type="np")[0]))
     return np.concatenate(batches)
 
 
-def save(images: np.ndarray, labels: Sequence[int | str], output: Path, columns: int) -> None:
-    """Writes images as an npz file (arr_0, arr_1), a grid, or a folder of one file each, by the output's suffix."""
+def save(images: np.ndarray, labels: Sequence[int | str] | None, output: Path, columns: int) -> None:
+    """Writes images, and labels where there are some, as an npz file, a grid, or a folder, by the output's suffix.
+
+    The npz file has the images in arr_0 and the labels in arr_1, the folder one file for each image.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     pictures = diffusers.DiffusionPipeline.numpy_to_pil(images / np.float32(255))
     if output.suffix == ".npz":
-        np.savez(output, images, np.asarray(labels))
+        np.savez(output, images, *([] if labels is None else [np.asarray(labels)]))
     elif output.suffix in IMAGE_SUFFIXES:
         image_grid(pictures, columns).save(output)
     else:
         output.mkdir(exist_ok=True)
-        for index, (picture, label) in enumerate(zip(pictures, labels)):
-            picture.save(output / f"{index:05d}_{label}.png")
+        for index, picture in enumerate(pictures):
+            picture.save(output / f"{index:05d}{'' if labels is None else f'_{labels[index]}'}.png")
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Draws `num` images of each label and writes them."""
+    """Draws `num` images, of each label where the pipeline has classes, and writes them."""
     if args.num < 1:
         raise ValueError(f"`--num` must be at least 1, got {args.num}.")
-    pipe = ClassifierGuidedPipeline.from_pretrained(args.pipeline)
+    pipe = open_pipeline(args.pipeline).pipe
+    pipe.set_progress_bar_config(disable=False)
     if args.scheduler is not None:
         pipe.scheduler = scheduler_class(args.scheduler).from_config(pipe.scheduler.config)
+    labelled = isinstance(pipe, ClassifierGuidedPipeline)
+    if labelled != bool(args.labels) or (args.scale is not None and not labelled):
+        raise ValueError(
+            f"`--labels` and `--scale` are for pipelines with a classifier, which need labels, got {args.labels} and "
+            f"{args.scale} for a {type(pipe).__name__}; {'name some' if labelled else 'leave them out'}."
+        )
+    if not labelled:
+        images = draw_unlabelled(pipe, args.num, args.seed, args.steps)
+        save(images, None, args.output, columns=math.ceil(len(images) ** 0.5))
+        print(f"{len(images)} images: {args.output}")
+        return
     labels = [label for label in class_indices(args.labels, pipe.classifier.id2label) for _ in range(args.num)]
     images = draw(pipe, labels, args.seed, args.scale, args.steps)
     save(images, labels, args.output, columns=args.num if args.num > 1 else len(labels))
@@ -98,12 +128,12 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("sample", help="draw images of the classes asked for")
     command.set_defaults(run=sample)
     command.add_argument("--pipeline", default="hfdiff/mnist-classifier-guided", help="folder or Hub id")
-    command.add_argument("--labels", nargs="+", required=True, help="class names or indices")
+    command.add_argument("--labels", nargs="+", help="class names or indices, for a pipeline with a classifier")
     command.add_argument("--scale", type=float, help="guidance scale; the pipeline's own by default, 0 is off")
     command.add_argument(
         "--scheduler", help="a scheduler of diffusers, like DDIM, or AnnealedLangevin; the pipeline's own by default"
     )
-    command.add_argument("--num", type=int, default=1, help="images of each label")
+    command.add_argument("--num", type=int, default=1, help="images, of each label where there are some")
     command.add_argument(
         "--output", type=Path, default=Path("out/samples.png"), help="grid.png, samples.npz or a folder"
     )

@@ -1,10 +1,11 @@
 import diffusers
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_pipeline import make_pipeline
 
-from hfdiff import cli
+from hfdiff import AnnealedLangevinScheduler, NCSNPipeline, NCSNv2Model, cli
 from hfdiff.images import image_grid, to_bytes
 
 
@@ -54,9 +55,25 @@ def test_scheduler_is_swapped(folder, tmp_path):
     assert cli.scheduler_class("DDIM") is diffusers.DDIMScheduler
 
 
+def test_a_pipeline_without_classes_draws_as_many_as_asked_for(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = NCSNv2Model(8, 1, 8, num_levels=4, sigma_max=1.0)
+    NCSNPipeline(model, AnnealedLangevinScheduler(4, 0.01, 1.0, steps_per_level=1)).save_pretrained(tmp_path / "ncsn")
+    assert sample(str(tmp_path / "ncsn"), tmp_path / "samples.npz", "--num", "3") == 0
+    arrays = np.load(tmp_path / "samples.npz")
+    assert arrays.files == ["arr_0"]
+    assert sample(str(tmp_path / "ncsn"), tmp_path / "folder", "--num", "3") == 0
+    files = sorted((tmp_path / "folder").iterdir())
+    assert [file.name for file in files] == ["00000.png", "00001.png", "00002.png"]
+    np.testing.assert_array_equal(np.asarray(Image.open(files[2])), arrays["arr_0"][2, ..., 0])
+    assert sample(str(tmp_path / "ncsn"), tmp_path / "grid.png", "--labels", "3") == 2
+    assert "--labels" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "--labels"),
         (["--labels", "wolf"], "class_labels"),
         (["--labels", "7"], "class_labels"),
         (["--labels", "0", "--scheduler", "Magic"], "--scheduler"),
