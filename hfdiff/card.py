@@ -67,7 +67,7 @@ def complete_card(
     _complete_metadata(card, name, license)
     text = re.sub(rf'from_pretrained\("[^"]*\b{re.escape(source)}/?"', f'from_pretrained("{repo_id}"', card.text)
     if name.endswith("Pipeline") and not ours:
-        text = text.replace(f'("{repo_id}")', f'("{repo_id}", trust_remote_code=True)')
+        text = text.replace(f'("{repo_id}")', f'("{repo_id}", trust_remote_code=True)').replace("import hfdiff\n", "")
     if "![" not in text and folder.joinpath(PICTURE).exists():
         title, _, rest = text.lstrip().partition("\n")
         text = f"{title}\n\n![Samples]({PICTURE})\n{rest}"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_resume import ENDLESS, assert_one_line, wait_for
 from tiny_training import assert_same_end, finish, kill, lines, start, steps
 
@@ -54,6 +55,29 @@ def test_two_processes_stop_at_the_same_step_and_go_on_with_the_same_bits(tmp_pa
     assert_same_end(whole, stopped)
     assert finish(start(stopped, [*longer])) == [1]  # in one process it is another run
     assert_one_line(stopped, "`num_processes` was 2, is 1")
+
+
+def test_shards_follow_the_curve_of_copies_and_go_on_after_a_kill_with_the_same_bits(tmp_path: Path) -> None:
+    copies, whole, killed = (tmp_path / name for name in ("copies", "whole", "killed"))
+    flags = ["--logging_steps", "1"]
+    workers = start(copies, flags, processes=2, dropout=0.0)
+    workers += start(whole, flags, processes=2, dropout=0.0, fsdp=2)
+    assert finish(workers) == [0] * 4
+    curves = [torch.tensor([line["loss"] for line in lines(folder)]) for folder in (copies, whole)]
+    torch.testing.assert_close(curves[0], curves[1], rtol=1e-5, atol=0)  # float32
+    assert "Sharded over 2 processes" in (whole / "output-0").read_text()
+    ours, theirs = (load_file(folder / "run" / "model.safetensors") for folder in (whole, copies))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    workers = start(killed, flags, processes=2, dropout=0.0, fsdp=2)
+    wait_for(killed / "run" / "checkpoint-4")
+    kill(workers)
+    assert finish(start(killed, flags, processes=2, dropout=0.0, fsdp=2)) == [0, 0]
+    assert_same_end(whole, killed)
+
+
+def test_the_first_version_of_fsdp_is_refused(tmp_path: Path) -> None:
+    assert finish(start(tmp_path, processes=2, fsdp=1)) == [1, 1]
+    assert_one_line(tmp_path, "`fsdp_version` must be 2 on CPUs, got 1")
 
 
 def test_errors_are_told_once(tmp_path: Path) -> None:

@@ -46,6 +46,12 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "corrupt": ([{"endpoint": "content", "body": "corrupt", "times": ALWAYS}], {}, "OSError: damaged"),
     "short": ([{"endpoint": "content", "body": "short", "times": ALWAYS}], {}, "ConnectionError: size"),
     "broken-store": ([{"endpoint": "content", "status": 500, "times": ALWAYS}], {}, "ConnectionError: out of order"),
+    "lost-store": ([{"endpoint": "content", "status": 404, "times": ALWAYS}], {}, "ConnectionError: .404.; try"),
+    "login-page-as-config": (
+        [{"endpoint": "resolve", "path": SCHEDULER, "body": PAGE, "times": ALWAYS}],
+        {},
+        "OSError: damaged",
+    ),
     "hung-up": ([{"endpoint": "info", "drop": True, "times": ALWAYS}], {}, "ConnectionError: connection"),
     "down": ([{"endpoint": "info", "status": 503, "times": ALWAYS}], {}, "ConnectionError: out of order .503."),
     "error": ([{"endpoint": "info", "status": 500, "times": ALWAYS}], {}, "ConnectionError: out of order .500."),

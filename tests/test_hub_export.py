@@ -97,14 +97,16 @@ def test_a_new_card_names_parts_and_shows_a_picture(tmp_path: Path) -> None:
 def test_a_pipeline_of_diffusers_carries_the_code_of_its_scheduler(tmp_path: Path) -> None:
     torch.manual_seed(0)
     diffusers.DDPMPipeline(make_pipeline().unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    (tmp_path / "ddpm" / "README.md").write_text('# A\nDDPMPipeline.from_pretrained("x/ddpm")\n')
+    (tmp_path / "ddpm" / "README.md").write_text('# A\nimport hfdiff\nDDPMPipeline.from_pretrained("x/ddpm")\n')
     export(tmp_path / "ddpm", tmp_path / "out", repo_id="user/ddpm")
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["_class_name"] == "DDPMPipeline"
     assert index["scheduler"] == ["scheduling_ddpm", "DDPMScheduler"]
     pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert type(pipe.scheduler).__name__ == "DDPMScheduler"
-    assert 'from_pretrained("user/ddpm", trust_remote_code=True)' in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'from_pretrained("user/ddpm", trust_remote_code=True)' in card
+    assert "import hfdiff" not in card  # its code comes with it
 
 
 def test_checkpoints_and_pickles_stay_out(guided: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -149,3 +150,16 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         script.main([*TINY, *flags.split(), "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(script: ModuleType, tmp_path: Path) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = [*TINY, "--sigma_min", "0.1", "--gradient_accumulation_steps", "2", "--dropout", "0.1"]
+    script.main([*flags, "--output_dir", str(whole)])
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    script.main([*flags, "--output_dir", str(resumed), "--resume_from_checkpoint", "latest"])
+    for name in ("model", "average"):
+        file = f"checkpoint-4/{name}.safetensors"
+        assert (whole / file).read_bytes() == (resumed / file).read_bytes()
+    last = [(folder / "log.jsonl").read_text().splitlines()[-1] for folder in (whole, resumed)]
+    assert last[0] == last[1]

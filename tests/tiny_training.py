@@ -97,15 +97,21 @@ def _work(flags: Sequence[str], options: dict, log: Path, environment: dict[str,
         run_script(lambda: main(flags, **options))
 
 
-def start(folder: Path, flags: Sequence[str] = (), *, processes: int = 1, **options: object) -> list[BaseProcess]:
+def start(
+    folder: Path, flags: Sequence[str] = (), *, processes: int = 1, fsdp: int | None = None, **options: object
+) -> list[BaseProcess]:
     """Starts a run in `folder`/run, in so many processes, whose output goes to `folder`/output-RANK.
 
+    With `fsdp`, accelerate's configuration asks for FSDP of this version.
     The options are those of `main`, and `largest_file`: more bytes than this do not fit into one.
     """
     folder.mkdir(exist_ok=True)
     environment = {"OMP_NUM_THREADS": "1"}
     if processes > 1:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    if fsdp:
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(fsdp), "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+        environment |= {"FSDP_RESHARD_AFTER_FORWARD": "true" if fsdp == 2 else "FULL_SHARD"}
     workers = []
     for rank in range(processes):
         own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})

@@ -221,6 +221,8 @@ def _connection_error(error: BaseException, causes: list[BaseException], status:
         return ConnectionError(
             f"The answer about {repo_id!r} is not the Hub's; a proxy or a login page may be between."
         )
+    if status == 404:
+        return ConnectionError(f"A file of {repo_id!r} is not where the Hub says it is (404); try again later.")
     if any(isinstance(cause, HTTPError) and not isinstance(cause, HfHubHTTPError) for cause in causes):
         return ConnectionError(
             f"The connection to the Hub at {constants.ENDPOINT} failed, asked for {repo_id!r}: "

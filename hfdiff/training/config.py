@@ -168,7 +168,8 @@ def _plain(value: Any) -> Any:
 
 
 def _make_parser(cls: type[TrainingSettings], description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False)
+    usage = "%(prog)s [--config recipe.yaml] [--setting value ...]"
+    parser = ArgumentParser(description=description.partition("\n")[0], usage=usage, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML recipe; flags win over it.")
     parser.add_argument("--dry_run", action="store_true", help="Print the settings as a recipe and exit.")
     docs = {

@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -43,7 +49,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     """The device, processes, precision and tracker of a run; also seeds the initial weights.
 
     Raises:
-        ValueError: when the tracker asked for is not installed.
+        ValueError: when the tracker asked for is not installed, or for FSDP of version 1 on CPUs.
     """
     keep_freed_memory()
     tracker = choose_tracker(settings.report_to)
@@ -55,10 +61,33 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         log_with=tracker,
         project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir, "logs"))),
     )
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        _shard_on_cpus(accelerator)
     if tracker is None and settings.report_to is None:
         accelerator.print("Without tensorboard, only log.jsonl is written; `pip install tensorboard` for curves.")
     torch.manual_seed(settings.seed)
     return accelerator
+
+
+def _shard_on_cpus(accelerator: Accelerator) -> None:
+    """Takes up FSDP from accelerate's configuration on CPUs, too.
+
+    accelerate 1.15 does so for GPUs and their like alone (`AcceleratorState.__init__`), and on CPUs would train whole
+    copies without a word; torch's FSDP 2 shards over gloo as well.
+
+    Raises:
+        ValueError: for version 1.
+    """
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"`fsdp_version` must be 2 on CPUs, got {plugin.fsdp_version}; write so in accelerate's configuration."
+        )
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.print(f"Sharded over {accelerator.num_processes} processes, on their CPUs.")
 
 
 def train(
