@@ -107,7 +107,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     (consistent sampling); Song et al. 2021 (predictor-corrector).
 
     A model of the DDPM family samples by it unchanged: `from_config(ddpm.config)` reads σ_t = √((1-ᾱ_t)/ᾱ_t) from the
-    betas and scales the model's input by 1/√(1+σ²).
+    betas, scales the model's input by 1/√(1+σ²), and samples consistently unless another `sampling` is given.
 
     Args:
         num_train_timesteps: L, number of trained levels.
@@ -184,6 +184,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
                 betas = betas_of(*(config[name] for name in BETAS))
                 config["trained_betas"] = rescale_zero_terminal_snr(betas).tolist()
             kwargs["sigma_schedule"] = "from_betas"
+            if "sampling" not in config:
+                kwargs.setdefault("sampling", "consistent")  # the best of the three at few model calls
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
