@@ -51,8 +51,7 @@ class NCSNSettings(UNetSettings, MonitorSettings):
         sigma_max: the largest, or "auto": the largest distance between two images of the dataset (technique 1).
         num_levels: L, or "auto": as many as keep each level within reach of the next (technique 2).
         steps_per_level: T, Langevin updates per level in sampling, for which the step size is solved (technique 4).
-        sampling: the saved scheduler's: "langevin", "consistent", the best of the three at few model calls, or
-            "predictor_corrector".
+        sampling: the saved scheduler's: "langevin", "consistent" or "predictor_corrector".
     """
 
     output_dir: str = "out/digits-ncsn"
