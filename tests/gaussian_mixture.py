@@ -45,6 +45,17 @@ class Mixture:
         labels = range(int(self.classes.max()) + 1)
         return torch.stack([parts[:, self.classes == label].logsumexp(-1) for label in labels], dim=-1)
 
+    def posterior_mean(self, xt: Tensor, timestep: Tensor, label: int | None = None) -> Tensor:
+        """E[x_0 | x_t], or E[x_0 | x_t, y], (B, D), from each component's conjugate posterior."""
+        alpha_bar = self.alpha_bar_at(timestep).reshape(-1, 1, 1)
+        variance = (self.scales**2)[:, None]
+        gain = alpha_bar**0.5 * variance / (alpha_bar * variance + 1 - alpha_bar)
+        means = self.means + gain * (xt.flatten(1)[:, None] - alpha_bar**0.5 * self.means)
+        parts = self.component_log_probs(xt, timestep)
+        if label is not None:
+            parts = parts.masked_fill(self.classes != label, -torch.inf)
+        return (parts.softmax(-1)[..., None] * means).sum(1)
+
     def conditional_moments(self, label: int) -> tuple[Tensor, Tensor]:
         """Mean and covariance of p(x_0 | y)."""
         chosen = self.classes == label

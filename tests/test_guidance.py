@@ -83,6 +83,41 @@ def test_score_shift_equals_the_exact_conditional_model(scheduler):
     torch.testing.assert_close(guided, conditional, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        None,
+        diffusers.DDIMScheduler,
+        diffusers.EulerDiscreteScheduler,
+        diffusers.EulerAncestralDiscreteScheduler,
+        diffusers.DPMSolverMultistepScheduler,
+        diffusers.UniPCMultistepScheduler,
+        diffusers.PNDMScheduler,
+    ],
+)
+def test_callback_sees_the_posterior_mean_of_what_the_models_see(scheduler, kind):
+    """E[x_0 | x_t] unguided; E[x_0 | x_t, y] of a score shift, with the exact classifier and scale 1."""
+    pipe = exact_pipeline(kind, scheduler)
+    names = ("pred_original_sample", "model_input")
+    for scale, mode, label in ((0.0, "auto", None), (1.0, "score_shift", 0)):
+        states = []
+        options = {"guidance_mode": mode, "callback_on_step_end_tensor_inputs": names, "output_type": "latent"}
+        pipe(
+            [0] * 20,
+            scale,
+            num_inference_steps=10,
+            generator=torch.Generator().manual_seed(0),
+            callback_on_step_end=lambda pipe, i, t, tensors, states=states: states.append((t, tensors)) or {},
+            **options,
+        )
+        assert all(tuple(tensors) == names for _, tensors in states)
+        for t, tensors in states:
+            xt, x0 = tensors["model_input"], tensors["pred_original_sample"]
+            expected = MIXTURE.posterior_mean(xt, t, label)
+            torch.testing.assert_close(x0.flatten(1), expected, rtol=2e-3, atol=2e-3)
+
+
 class Conditional(Mixture):
     """The mixture's class 0 alone."""
 

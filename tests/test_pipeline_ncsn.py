@@ -110,6 +110,18 @@ def test_calls_are_counted_and_every_state_can_be_seen(network: NCSNPipeline) ->
     assert torch.equal(states[-1], final)
 
 
+def test_callback_sees_the_posterior_mean_of_what_the_model_sees() -> None:
+    pipe, seen = exact_pipeline(), []
+    names = ("model_input", "pred_original_sample")
+    options = {"callback_on_step_end_tensor_inputs": names, "generator": torch.Generator().manual_seed(0)}
+    pipe(5, 30, callback_on_step_end=lambda pipe, i, t, tensors: seen.append((t, tensors)) or {}, **options)
+    prior = pipe.unet.covariance
+    for t, tensors in seen:
+        xt, x0 = (tensors[name].flatten(1) for name in names)
+        noised = prior + pipe.scheduler.sigmas[t] ** 2 * torch.eye(2)
+        torch.testing.assert_close(x0, xt @ torch.linalg.solve(noised, prior))  # C (C + σ² I)⁻¹ x_t
+
+
 def test_intermediate_images_are_the_states_that_leave_a_level() -> None:
     pipe, states = exact_pipeline(steps_per_level=2), []
 

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ["latents", "model_input", "pred_original_sample"]
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 

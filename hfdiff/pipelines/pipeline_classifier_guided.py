@@ -31,7 +31,7 @@ from .inputs import (
     most_steps,
 )
 from .optimization import optimize_module
-from .outputs import OUTPUT_TYPES, StepCallback, draws_from_zero, format_images
+from .outputs import CALLBACK_TENSORS, OUTPUT_TYPES, StepCallback, draws_from_zero, format_images
 
 GUIDANCE_MODES = ("auto", "mean_shift", "score_shift")
 SCORE_PREDICTIONS = ("epsilon", "sample", "v_prediction")  # the model outputs a score shift can be made in
@@ -65,7 +65,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     scheduler: Any
 
     model_cpu_offload_seq = "unet->classifier"
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _callback_tensor_inputs: ClassVar[list[str]] = CALLBACK_TENSORS
 
     def __init__(
         self, unet: ModelMixin, classifier: ModelMixin, scheduler: SchedulerMixin, default_guidance_scale: float = 1.0
@@ -104,7 +104,8 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             latents: unit normal noise to start from, (B, C, H, W).
             callback_on_step_end: called with (pipeline, step index, timestep, tensors) after each step; returns a
                 dictionary, whose `latents`, if any, the next step goes on with.
-            callback_on_step_end_tensor_inputs: names of the tensors it is given, of `_callback_tensor_inputs`.
+            callback_on_step_end_tensor_inputs: names of the tensors it is given: "latents", which the step gave;
+                "model_input", x_t as the models saw it; "pred_original_sample", the x_0 that the step aimed at.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent", x_0 as sampled.
             return_dict: return an `ImagePipelineOutput` instead of a tuple.
 
@@ -138,17 +139,21 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             guided = start <= progress[i] <= end
             scale = _scale_at(progress[i], self._guidance_scale, len(labels)) if guided else 0.0
             if isinstance(scale, float) and scale == 0:
-                latents = self.scheduler.step(output, t, latents, **options).prev_sample
+                step = self.scheduler.step(output, t, latents, **options)
             else:
                 gradient = classifier_gradient(self.classifier, xt, t, labels, scale)
                 if scheduler_guides:
-                    latents = self.scheduler.step(output, t, latents, guidance=gradient, **options).prev_sample
+                    step = self.scheduler.step(output, t, latents, guidance=gradient, **options)
                 else:
                     output = self._shift_score(output, xt, self._alpha_bar(i, t), gradient)
                     with _unclipped(self.scheduler):
-                        latents = self.scheduler.step(output, t, latents, **options).prev_sample
+                        step = self.scheduler.step(output, t, latents, **options)
+            latents = step.prev_sample
             if callback_on_step_end is not None:
-                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                tensors = {"latents": latents, "model_input": xt}
+                if "pred_original_sample" in callback_on_step_end_tensor_inputs:
+                    tensors["pred_original_sample"] = self._predicted_x0(step, output, xt, i, t)
+                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
 
         self.maybe_free_model_hooks()
@@ -174,6 +179,14 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         condition = {} if _config(self.unet, "num_class_embeds") is None else {"class_labels": labels}
         output = self.unet(xt.to(_dtype(self.unet)), t, **condition).sample.to(xt.dtype)
         return output if type(self.scheduler).__name__ in VARIANCE_SCHEDULERS else output[:, : xt.shape[1]]
+
+    def _predicted_x0(self, step: Any, output: Tensor, xt: Tensor, index: int, timestep: Tensor) -> Tensor:
+        """The x_0 that a step aimed at, which the steps of some schedulers do not tell."""
+        x0 = getattr(step, "pred_original_sample", None)
+        if x0 is not None:
+            return x0
+        output, kind = output[:, : xt.shape[1]], self.scheduler.config.prediction_type
+        return to_x0(output, xt, self._alpha_bar(index, timestep), kind)
 
     def _shift_score(self, output: Tensor, xt: Tensor, alpha_bar: float, gradient: Tensor) -> Tensor:
         """Algorithm 2: the model output, of the scheduler's prediction type, with its noise shifted by the gradient.

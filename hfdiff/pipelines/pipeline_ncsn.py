@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .hub_mixin import HubMixin
 from .inputs import check_choice, check_generator, check_latents
-from .outputs import OUTPUT_TYPES, LevelwiseOutput, StepCallback, draws_from_zero, format_images
+from .outputs import CALLBACK_TENSORS, OUTPUT_TYPES, LevelwiseOutput, StepCallback, draws_from_zero, format_images
 
 Pictures = Image.Image | list[Image.Image] | np.ndarray | Tensor
 
@@ -32,7 +32,7 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
     scheduler: Any
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _callback_tensor_inputs: ClassVar[list[str]] = CALLBACK_TENSORS
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin) -> None:
         super().__init__()
@@ -67,7 +67,8 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
             latents: unit normal noise to start from, (B, C, H, W).
             callback_on_step_end: called with (pipeline, step index, timestep, tensors) after each step; returns a
                 dictionary, whose `latents`, if any, the next step goes on with. It sees every intermediate state.
-            callback_on_step_end_tensor_inputs: names of the tensors it is given, of `_callback_tensor_inputs`.
+            callback_on_step_end_tensor_inputs: names of the tensors it is given: "latents", which the step gave;
+                "model_input", x_t as the model saw it; "pred_original_sample", the x_0 that the score points at.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent", x_0 as sampled.
             return_dict: return a [`LevelwiseOutput`] instead of a tuple.
             return_intermediates: return the images after the last update of each level, too, from noisy to clean.
@@ -90,9 +91,12 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
             if known is not None:
                 noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
                 latents = _replace(latents, *known, noise=self._noise_std(t) * noise)
-            latents = self.scheduler.step(self._predict(latents, t), t, latents, generator=generator).prev_sample
+            xt = self.scheduler.scale_model_input(latents, t)
+            step = self.scheduler.step(self._predict(xt, t), t, latents, generator=generator)
+            latents = step.prev_sample
             if callback_on_step_end is not None:
-                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                tensors = {"latents": latents, "model_input": xt, "pred_original_sample": step.pred_original_sample}
+                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
             if return_intermediates and leaves_level[i]:
                 intermediates.append(self._to_images(latents, output_type))
@@ -142,16 +146,16 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
 
         latents = mixed() * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
-            latents = self.scheduler.step(self._predict(latents, t), t, latents, variance_noise=mixed()).prev_sample
+            output = self._predict(self.scheduler.scale_model_input(latents, t), t)
+            latents = self.scheduler.step(output, t, latents, variance_noise=mixed()).prev_sample
         self.maybe_free_model_hooks()
         return self._to_images(latents, output_type)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def _predict(self, latents: Tensor, t: Tensor) -> Tensor:
-        """The model's output in the latents' dtype."""
-        xt = self.scheduler.scale_model_input(latents, t)
-        return self.unet(xt.to(self.unet.dtype), t).sample.to(latents.dtype)
+    def _predict(self, xt: Tensor, t: Tensor) -> Tensor:
+        """The model's output in the input's dtype."""
+        return self.unet(xt.to(self.unet.dtype), t).sample.to(xt.dtype)
 
     def _noise_std(self, t: Tensor) -> float:
         """σ_t."""
