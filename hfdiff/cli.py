@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import torch
 
-from .commands import bits_per_dim, evaluate, push, sweep
+from .commands import bits_per_dim, evaluate, push, push_space, sweep
 from .evaluation.sampling import class_indices, open_pipeline, scheduler_class
 from .images import image_grid, to_bytes
 from .models.noisy_classifier import NoisyClassifier
@@ -154,6 +154,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_parser(commands)
     sweep.add_parser(commands)
     push.add_parser(commands)
+    push_space.add_parser(commands)
     return root
 
 

@@ -144,13 +144,16 @@ def _text(path: Path) -> str:
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-def open_repository(repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
+def open_repository(
+    repo_id: str, *, token: str | bool | None = None, private: bool | None = None, space_sdk: str | None = None
+) -> str:
     """Makes sure that a repository is there and may be written to; returns its full id.
 
     Args:
         repo_id: "user/name", or a name, under the user's own.
         token: default: that of `hf auth login`, or of HF_TOKEN.
         private: whether a new repository is.
+        space_sdk: what a Space runs by, like "gradio"; None is a model's repository.
 
     Raises:
         ValueError: for something that is no Hub id.
@@ -163,7 +166,8 @@ def open_repository(repo_id: str, *, token: str | bool | None = None, private: b
         raise PermissionError(f"The token may only read, not write {repo_id!r}; make another and `hf auth login`.")
     with speaking(repo_id):
         name = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
-        return api.create_repo(name, private=private, exist_ok=True).repo_id
+        kind = "model" if space_sdk is None else "space"
+        return api.create_repo(name, private=private, exist_ok=True, repo_type=kind, space_sdk=space_sdk).repo_id
 
 
 def upload(
@@ -173,6 +177,7 @@ def upload(
     token: str | bool | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    repo_type: str = "model",
 ) -> str:
     """Uploads all files of a folder in one commit, which is on the Hub whole or not at all.
 
@@ -182,6 +187,7 @@ def upload(
         token: default: that of `hf auth login`, or of HF_TOKEN.
         commit_message: default: what did it.
         create_pr: as a pull request.
+        repo_type: "model" or "space".
 
     Returns:
         The address of the commit, or of the pull request.
@@ -193,7 +199,9 @@ def upload(
     files = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
     message = commit_message or "Upload with hfdiff"
     with speaking(repo_id):
-        commit = HfApi(token=token).create_commit(repo_id, files, commit_message=message, create_pr=create_pr)
+        commit = HfApi(token=token).create_commit(
+            repo_id, files, commit_message=message, create_pr=create_pr, repo_type=repo_type
+        )
     return commit.pr_url or str(commit.commit_url)
 
 

@@ -27,6 +27,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 TOKENS = {"writes": "user", "reads": "reader"}
 MODEL = "/api/models/<owner>/<name>"
+SPACE = "/api/spaces/<owner>/<name>"
 ROUTES = Map(
     [
         Rule("/api/whoami-v2", endpoint="whoami"),
@@ -37,6 +38,10 @@ ROUTES = Map(
         Rule(f"{MODEL}/tree/<revision>", endpoint="tree"),
         Rule(f"{MODEL}/preupload/<revision>", endpoint="preupload"),
         Rule(f"{MODEL}/commit/<revision>", endpoint="commit"),
+        Rule(f"{SPACE}/preupload/<revision>", endpoint="preupload"),
+        Rule(f"{SPACE}/commit/<revision>", endpoint="commit"),
+        Rule(f"{SPACE}/variables", endpoint="variables"),
+        Rule("/spaces/<owner>/<name>.git/info/lfs/objects/batch", endpoint="batch"),
         Rule("/<owner>/<name>/resolve/<revision>/<path:path>", endpoint="resolve"),
         Rule("/<owner>/<name>.git/info/lfs/objects/batch", endpoint="batch"),
         Rule("/<owner>/<name>/large/<sha256>", endpoint="content", methods=["GET"]),
@@ -183,7 +188,9 @@ class LoopbackHub:
         if repo_id in self.repositories:
             body.status_code = 409
         else:
-            self.add(repo_id, {".gitattributes": b""}, private=request.json.get("visibility") == "private")
+            repository = self.add(repo_id, {".gitattributes": b""})
+            repository.private = request.json.get("visibility") == "private"
+            repository.sdk = request.json.get("sdk")
         return body
 
     def _info(self, request: Request, repo_id: str, revision: str = "main") -> Response:
@@ -241,6 +248,11 @@ class LoopbackHub:
                 changes[item["value"]["path"]] = self.large[repo_id, item["value"]["oid"]]
         commit = self.repositories[repo_id].commit(changes, revision)
         return _json({"commitUrl": f"{request.host_url}{repo_id}/commit/{commit}", "commitOid": commit})
+
+    def _variables(self, request: Request, repo_id: str) -> Response:
+        variables = self.repositories[repo_id].variables
+        variables[request.json["key"]] = request.json["value"]
+        return _json({key: {"value": value} for key, value in variables.items()})
 
 
 def _json(value: Any) -> Response:

@@ -17,6 +17,8 @@ class Repository:
     gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)  # of a Space
+    sdk: str | None = None
 
     def commit(self, changes: dict[str, bytes], branch: str = "main") -> str:
         """Adds files to those of a branch's last commit."""

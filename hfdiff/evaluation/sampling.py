@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import diffusers
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..images import to_bytes
 from ..pipelines.hub_download import fetch
+from ..pipelines.hub_mixin import own_memory
 from ..pipelines.inputs import check_choice, check_guidance_scale, label_tensor
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..pipelines.pipeline_ncsn import NCSNPipeline
@@ -121,17 +122,9 @@ def open_pipeline(source: str, device: torch.device | str = "cpu") -> OpenedPipe
             f"`pipeline` must draw from noise or from class labels, got {type(pipe).__name__} of {source!r}; sample it "
             "yourself and measure the images."
         )
-    _own_memory(pipe)
+    own_memory(pipe)
     files = sorted(path for path in folder.glob("*/*") if path.suffix in COMPONENT_FILES)
     return OpenedPipeline(pipe, source, files_checksum(files), pipe.scheduler)
-
-
-def _own_memory(pipe: Any) -> None:
-    """Copies weights that lie in a mapped file, at any address of it; some kernels round by the address."""
-    for module in pipe.components.values():
-        if isinstance(module, nn.Module):
-            for tensor in (*module.parameters(), *module.buffers()):
-                tensor.data = tensor.data.clone()
 
 
 def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:

@@ -4,6 +4,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from .hub_download import OPTIONS, fetch
 from .portable import PACKAGE, add_code, use_imported
 
@@ -22,7 +24,8 @@ class HubMixin(Base):
 
         Takes the arguments of `DiffusionPipeline.from_pretrained`. Differs from diffusers, which asks for
         `trust_remote_code` where a folder carries code: the classes of this package are used instead of it. The files
-        of a Hub repository are downloaded first, checked, then loaded as a folder.
+        of a Hub repository are downloaded first, checked, then loaded as a folder. Weights are copied out of the mapped
+        file, so every process on a machine computes the same bits with them.
 
         Raises:
             ValueError: for a name that is neither a folder nor a Hub id, or a `variant` that is not there.
@@ -35,6 +38,7 @@ class HubMixin(Base):
             folder = fetch(name, variant=kwargs.get("variant"), code=code, **options)
         pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=name)
+        own_memory(pipe)
         return pipe
 
     @classmethod
@@ -76,3 +80,11 @@ class HubMixin(Base):
         if PACKAGE == "hfdiff":
             return import_module("hfdiff.hub").push(self, repo_id, **kwargs)
         return super().push_to_hub(repo_id, **kwargs)
+
+
+def own_memory(pipe: Any) -> None:
+    """Copies weights that lie in a mapped file, at any address of it; some kernels round by the address."""
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = tensor.data.clone()

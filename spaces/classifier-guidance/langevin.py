@@ -1,0 +1,100 @@
+"""The tab of score networks: annealed Langevin dynamics, its noise levels as a film."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+from checks import MOST_IMAGES, MOST_SEED, choice, whole
+from drawing import Frame, generators
+from exhibit import Exhibit, seed_control
+from film import Panel
+
+MOST_STEPS = 250
+SAMPLINGS = ["consistent", "langevin", "predictor_corrector"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Images of the score network.
+
+    Args:
+        count: how many.
+        steps: model calls.
+        sampling: kind of annealed Langevin dynamics.
+        seed: of the first image; the next has the next.
+    """
+
+    count: int
+    steps: int
+    sampling: str
+    seed: int
+
+
+class Langevin(Exhibit):
+    """Images from noise, through falling noise levels."""
+
+    endpoint = "langevin"
+    plot_count = 1
+
+    def check(self, count: Any, steps: Any, sampling: Any, seed: Any) -> Settings:
+        """Draws images from a score network by annealed Langevin dynamics.
+
+        Returns a picture of the images, an npz file of them (uint8, in arr_0), and a report with the code that draws
+        the same.
+
+        Args:
+            count: how many, 1 to 10.
+            steps: model calls, up to 250.
+            sampling: consistent, langevin or predictor_corrector.
+            seed: of the first image; the next has the next.
+        """
+        return Settings(
+            whole("Images", count, 1, MOST_IMAGES),
+            whole("Steps", steps, 1, MOST_STEPS),
+            choice("Sampler", sampling, SAMPLINGS),
+            whole("Seed", seed, 0, MOST_SEED),
+        )
+
+    def pipeline(self, settings: Settings) -> Any:
+        return self.opened.with_scheduler(type(self.opened.pipe.scheduler), sampling=settings.sampling)
+
+    def arguments(self, settings: Settings) -> dict[str, Any]:
+        return {
+            "batch_size": settings.count,
+            "num_inference_steps": settings.steps,
+            "generator": generators([settings.seed + i for i in range(settings.count)]),
+        }
+
+    def snippet(self, settings: Settings) -> str:
+        return f"""import torch
+from hfdiff import AnnealedLangevinScheduler, NCSNPipeline
+
+pipe = NCSNPipeline.from_pretrained({self.opened.name!r})
+pipe.scheduler = AnnealedLangevinScheduler.from_config(pipe.scheduler.config, sampling={settings.sampling!r})
+images = pipe(
+    batch_size={settings.count},
+    num_inference_steps={settings.steps},
+    generator=[torch.Generator().manual_seed({settings.seed} + i) for i in range({settings.count})],
+).images
+"""
+
+    def panels(self, settings: Settings) -> list[Panel]:
+        names = tuple(str(settings.seed + i) for i in range(settings.count))
+        return [Panel(f"{settings.sampling.replace('_', '-')}, by seed", names, slice(None))]
+
+    def plots(self, settings: Settings, frames: list[Frame]) -> list[pd.DataFrame]:
+        levels = [(frame.step, math.log10(frame.sigma)) for frame in frames if frame.sigma is not None]
+        return [pd.DataFrame(levels, columns=["model call", "log₁₀ σ"])]
+
+    def controls(self) -> list[gr.components.Component]:
+        return [
+            gr.Slider(1, MOST_IMAGES, 5, step=1, label="Images"),
+            gr.Slider(5, MOST_STEPS, 100, step=1, label="Steps (model calls)"),
+            gr.Radio(SAMPLINGS, value=self.opened.pipe.scheduler.config.sampling, label="Sampler"),
+            seed_control(MOST_SEED),
+        ]
+
+    def plot_components(self) -> list[gr.LinePlot]:
+        return [gr.LinePlot(x="model call", y="log₁₀ σ", height=230, label="The noise level by model call")]

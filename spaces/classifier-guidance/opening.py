@@ -1,0 +1,83 @@
+"""The pipelines a visitor draws from: what a variable names, else the Hub's, else the bundled one with a note."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from hfdiff import AnnealedLangevinScheduler, ClassifierGuidedPipeline, NCSNPipeline
+
+HERE = Path(__file__).resolve().parent
+OPTIONS = ("default_guidance_scale",)  # what pipelines are made with besides components
+OTHER_SCHEDULERS = {
+    "DDIM": diffusers.DDIMScheduler,
+    "DPM-Solver++": diffusers.DPMSolverMultistepScheduler,
+    "Euler": diffusers.EulerDiscreteScheduler,
+    "Euler ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "UniPC": diffusers.UniPCMultistepScheduler,
+    "Annealed Langevin": AnnealedLangevinScheduler,
+}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pipeline and where it is from.
+
+    Args:
+        pipe: never called itself: [`Opened.with_scheduler`] gives each drawing one of its own.
+        name: a Hub id, or a folder.
+        note: what a visitor should know of that; empty where it is what was asked for.
+    """
+
+    pipe: Any
+    name: str
+    note: str
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the classes, in order."""
+        return [str(name) for _, name in sorted(self.pipe.classifier.config.id2label.items(), key=lambda x: int(x[0]))]
+
+    @property
+    def schedulers(self) -> dict[str, type]:
+        """Those that sample from this model, by name; its own comes first."""
+        own = type(self.pipe.scheduler)
+        if own is AnnealedLangevinScheduler:
+            return {"Annealed Langevin": own}
+        return {own.__name__.removesuffix("Scheduler"): own, **OTHER_SCHEDULERS}
+
+    def with_scheduler(self, kind: type, **config: Any) -> Any:
+        """A pipeline of the same networks with a scheduler of its own, whose state no other drawing touches."""
+        scheduler = kind.from_config(self.pipe.scheduler.config, **config)
+        options = {name: self.pipe.config[name] for name in OPTIONS if name in self.pipe.config}
+        pipe = type(self.pipe)(**{**self.pipe.components, "scheduler": scheduler}, **options)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def open_pipelines() -> tuple[Opened, Opened]:
+    """The guided pipeline of HFDIFF_MODEL and the score network of HFDIFF_NCSN_MODEL, opened side by side."""
+    with ThreadPoolExecutor(2) as pool:
+        guided = pool.submit(_open, ClassifierGuidedPipeline, "HFDIFF_MODEL", "mnist-classifier-guided")
+        ncsn = pool.submit(_open, NCSNPipeline, "HFDIFF_NCSN_MODEL", "mnist-ncsn")
+        return guided.result(), ncsn.result()
+
+
+def _open(kind: Any, variable: str, usual: str) -> Opened:
+    """The pipeline that a variable names, else that of a usual name: the Hub's, or the bundled one."""
+    wanted = os.environ.get(variable) or f"hfdiff/{usual}"
+    try:
+        return Opened(_on_device(kind.from_pretrained(wanted)), wanted, "")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+    bundled = next(path for path in (HERE / "pipelines", HERE.parents[1] / "pipelines") if path.is_dir()) / usual
+    note = f"`{wanted}` did not open, so this page draws with the pipeline that came with it. ({reason})"
+    return Opened(_on_device(kind.from_pretrained(bundled)), f"pipelines/{usual}", note)
+
+
+def _on_device(pipe: Any) -> Any:
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
