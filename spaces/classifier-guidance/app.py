@@ -64,6 +64,7 @@ def launch_options() -> dict[str, Any]:
         "mcp_server": False,
         "ssr_mode": False,
         "pwa": False,
+        "app_kwargs": {"openapi_url": None},
         "run_history": False,
         "footer_links": ["api"],
     }

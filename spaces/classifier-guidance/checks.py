@@ -3,7 +3,6 @@
 Each raises a ValueError whose message the visitor reads.
 """
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -23,8 +22,7 @@ def number(name: str, value: Any, low: float, high: float) -> float:
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
     """A whole number of a range, which a page may send as a float."""
-    valid = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
-    if not valid or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high or value != int(value):
         raise ValueError(f"{name} must be a whole number from {low} to {high}, got {_shown(value)}.")
     return int(value)
 

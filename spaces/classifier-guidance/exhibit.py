@@ -20,7 +20,7 @@ from zero_gpu import on_gpu
 
 TOGETHER = 1 if torch.cuda.is_available() else os.cpu_count() or 1
 SECONDS_BETWEEN = 0.25  # of what is sent to a page while it waits
-DRAWING = {"concurrency_id": "drawing", "concurrency_limit": TOGETHER}
+DRAWING = {"concurrency_id": "drawing", "concurrency_limit": TOGETHER, "preprocess": False}  # `check` sees what came
 
 
 class Exhibit(ABC):

@@ -164,7 +164,7 @@ def opening_lines(opened: Opened, scheduler: str) -> str:
         ours.insert(0, kind.__name__)
     elif swapped:
         lines.append(f"from {package} import {kind.__name__}")
-    lines += [f"from hfdiff import {', '.join(ours)}", ""]
+    lines += [f"from hfdiff import {', '.join(ours)}", "", *opened.preamble]
     lines.append(f"pipe = ClassifierGuidedPipeline.from_pretrained({opened.name!r})")
     if swapped:
         lines.append(f"pipe.scheduler = {kind.__name__}.from_config(pipe.scheduler.config)")

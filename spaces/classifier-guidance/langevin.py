@@ -68,10 +68,11 @@ class Langevin(Exhibit):
         }
 
     def snippet(self, settings: Settings) -> str:
+        preamble = "".join(f"{line}\n" for line in self.opened.preamble)
         return f"""import torch
 from hfdiff import AnnealedLangevinScheduler, NCSNPipeline
 
-pipe = NCSNPipeline.from_pretrained({self.opened.name!r})
+{preamble}pipe = NCSNPipeline.from_pretrained({self.opened.name!r})
 pipe.scheduler = AnnealedLangevinScheduler.from_config(pipe.scheduler.config, sampling={settings.sampling!r})
 images = pipe(
     batch_size={settings.count},

@@ -43,6 +43,13 @@ class Opened:
         return [str(name) for _, name in sorted(self.pipe.classifier.config.id2label.items(), key=lambda x: int(x[0]))]
 
     @property
+    def preamble(self) -> list[str]:
+        """The line of code without which other machines would round another way."""
+        if self.pipe.device.type != "cpu":
+            return []
+        return ["torch.set_num_threads(1)  # as the page does; sums in another order round differently"]
+
+    @property
     def schedulers(self) -> dict[str, type]:
         """Those that sample from this model, by name; its own comes first."""
         own = type(self.pipe.scheduler)
