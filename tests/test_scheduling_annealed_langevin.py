@@ -220,6 +220,16 @@ def test_respaced_levels_get_a_step_size_of_their_own_unless_one_is_given() -> N
 # --- the bridge ------------------------------------------------------------------------------------------------------
 
 
+def test_bridged_betas_are_saved_and_timesteps_may_be_any_number(tmp_path: Path) -> None:
+    scheduler = AnnealedLangevinScheduler(sigma_schedule="from_betas", trained_betas=np.array([0.1, 0.3]))
+    scheduler.save_pretrained(tmp_path)
+    assert AnnealedLangevinScheduler.from_pretrained(tmp_path).betas.tolist() == scheduler.betas.tolist() == [0.1, 0.3]
+    # ᾱ = 0.9 and 0.63, and the model is given √ᾱ x_t
+    for timestep, alpha_bar in ((0, 0.9), (np.float32(0.0), 0.9), (np.int64(1), 0.63), (torch.tensor(1.0), 0.63)):
+        scaled = scheduler.scale_model_input(torch.ones(1, 1, 1, 1, dtype=torch.float64), timestep)
+        assert scaled.item() == pytest.approx(alpha_bar**0.5)
+
+
 @pytest.mark.parametrize("family", [DDPMScheduler, diffusers.DDPMScheduler])
 def test_the_levels_of_a_ddpm_are_those_of_its_noise(family: type) -> None:
     ddpm = family()

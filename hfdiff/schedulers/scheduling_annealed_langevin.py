@@ -168,7 +168,9 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         if sigma_schedule == "geometric":
             sigmas = geometric_sigmas(sigma_min, sigma_max, num_train_timesteps)
         else:
-            sigmas = self._sigmas_from_betas()
+            self.betas = betas_of(*(self.config[name] for name in BETAS))
+            alpha_bar = torch.cumprod(1 - self.betas, dim=0)
+            sigmas = ((1 - alpha_bar) / alpha_bar) ** 0.5
         self.sigmas = sigmas
         self._sampled = self._levels_between(sigma_min, sigma_max)
         self._set_loop(self._sampled, len(self._sampled) * steps_per_level, device=None)
@@ -196,12 +198,6 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         return len(self.sigmas)
 
     # --- the levels and the loop -------------------------------------------------------------------------------------
-
-    def _sigmas_from_betas(self) -> Tensor:
-        """σ_t = √((1-ᾱ_t)/ᾱ_t) of a DDPM, (L,), float64."""
-        betas = betas_of(*(self.config[name] for name in BETAS))
-        alpha_bar = torch.cumprod(1 - betas, dim=0)
-        return ((1 - alpha_bar) / alpha_bar) ** 0.5
 
     def _levels_between(self, sigma_min: float, sigma_max: float) -> list[int]:
         """The timesteps of the levels in a range of σ, ascending; all of a geometric schedule."""
@@ -325,7 +321,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
     def _sigma(self, timestep: int | Tensor, sample: Tensor) -> Level:
         """σ_t: a float for one timestep, (B, 1, 1, 1) for one per image."""
-        if isinstance(timestep, int) or timestep.ndim == 0:
+        if not isinstance(timestep, Tensor) or timestep.ndim == 0:
             return float(self.sigmas[int(timestep)])
         sigma = self.sigmas.to(sample.device, torch.promote_types(sample.dtype, torch.float32))[timestep]
         return sigma.reshape(-1, *[1] * (sample.ndim - 1))
