@@ -128,7 +128,10 @@ class Exhibit(ABC):
                     with gr.Row():
                         plots = self.plot_components()
                     with gr.Row():
-                        downloads = [gr.DownloadButton(text, size="sm") for text in ("Download PNG", "Download npz")]
+                        downloads = [
+                            gr.DownloadButton(f"Download {kind}", size="sm", elem_id=f"{kind}-{self.endpoint}")
+                            for kind in ("PNG", "npz")
+                        ]
                     code = gr.Code(label="The code that draws exactly this", language="python", interactive=False)
             drawing = start.click(
                 self.show,
