@@ -24,7 +24,7 @@ def serve(folder: Path, space: Path = SPACE, **variables: str) -> Iterator[str]:
     """The address of a Space that keeps its files in a folder.
 
     Args:
-        folder: where its log and what it sends are.
+        folder: where its log, its process id and what it sends are.
         space: its code.
         variables: of its environment, besides those that name the bundled pipelines.
     """
@@ -41,6 +41,7 @@ def serve(folder: Path, space: Path = SPACE, **variables: str) -> Iterator[str]:
             stderr=subprocess.STDOUT,
         )
     address = f"http://127.0.0.1:{port}/"
+    folder.joinpath("pid").write_text(str(process.pid))
     try:
         _wait(address, process, log)
         yield address

@@ -13,7 +13,8 @@ from sweep import Sweep
 HERE = Path(__file__).resolve().parent
 SANS = ("ui-sans-serif", "system-ui", "sans-serif")  # the visitor's own: no font is fetched from elsewhere
 MONO = ("ui-monospace", "Consolas", "monospace")
-WAITING = 24  # visitors in the queue; the next is told that it is full
+WAITING = 40  # visitors in the queue; the next is told that it is full
+SESSIONS = 100  # visitors whose state is kept in memory, more than can be waiting; gradio's own limit is 10,000
 HOUR = 3600  # seconds
 
 TITLE = """# Classifier guidance, step by step
@@ -59,6 +60,7 @@ def launch_options() -> dict[str, Any]:
         "share": False,
         "show_error": False,
         "allowed_paths": [],
+        "state_session_capacity": SESSIONS,
         "max_file_size": "16kb",
         "enable_monitoring": False,
         "mcp_server": False,
