@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from loopback_hub import LoopbackHub
+
 ROOT = Path(__file__).resolve().parents[1]
 SPACE = ROOT / "spaces" / "classifier-guidance"
 MODELS = {
@@ -48,6 +50,19 @@ def serve(folder: Path, space: Path = SPACE, **variables: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+@contextmanager
+def serve_from_hub(folder: Path, ncsn: str) -> Iterator[str]:
+    """The address of a Space whose pipelines are on a loopback Hub: one by its default id, one by another."""
+    with LoopbackHub() as hub:
+        for repo_id, name in (("hfdiff/mnist-classifier-guided", "mnist-classifier-guided"), (ncsn, "mnist-ncsn")):
+            source = ROOT / "pipelines" / name
+            paths = [path for path in source.rglob("*") if path.is_file()]
+            hub.add(repo_id, {path.relative_to(source).as_posix(): path.read_bytes() for path in paths})
+        variables = {**hub.environment(folder / "home"), "HFDIFF_MODEL": "", "HFDIFF_NCSN_MODEL": ncsn}
+        with serve(folder, **{**variables, "HF_HUB_OFFLINE": "0"}) as address:
+            yield address
 
 
 def _wait(address: str, process: subprocess.Popen, log: Path) -> None:

@@ -92,7 +92,7 @@ class StubApi:
     def whoami(self) -> dict[str, Any]:
         return {"name": "somebody", "auth": {"accessToken": {"role": self.role}}}
 
-    def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> Any:
+    def create_repo(self, repo_id: str, exist_ok: bool, **arguments: Any) -> Any:
         self.calls.append(("create_repo", repo_id, exist_ok))
         return type("Url", (), {"repo_id": repo_id})
 

@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from loopback_hub import LoopbackHub
-from space_server import ROOT, SPACE, serve
+from space_server import ROOT, SPACE, serve, serve_from_hub
 
 from hfdiff.space import export_space
 
@@ -177,22 +176,13 @@ def test_a_model_that_does_not_open_is_told_and_replaced(tmp_path):
 
 def test_pipelines_come_from_the_hub(tmp_path):
     """The default id where none is named, and one that is; the code names what was opened."""
-    with LoopbackHub() as hub:
-        for repo_id, name in (
-            ("hfdiff/mnist-classifier-guided", "mnist-classifier-guided"),
-            ("user/ncsn", "mnist-ncsn"),
-        ):
-            folder = ROOT / "pipelines" / name
-            files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-            hub.add(repo_id, {name: path.read_bytes() for name, path in files.items()})
-        variables = {**hub.environment(tmp_path / "home"), "HFDIFF_MODEL": "", "HFDIFF_NCSN_MODEL": "user/ncsn"}
-        with serve(tmp_path, **{**variables, "HF_HUB_OFFLINE": "0"}) as address:
-            client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path))
-            assert not any("did not open" in str(part["props"].get("value")) for part in client.config["components"])
-            images, report = images_of(client, "/guided", **GUIDED)
-            assert images.shape == (4, 28, 28, 1)
-            assert "from_pretrained('hfdiff/mnist-classifier-guided')" in report["code"]
-            assert images_of(client, "/langevin", **LANGEVIN)[1]["model"] == "user/ncsn"
+    with serve_from_hub(tmp_path, ncsn="user/ncsn") as address:
+        client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path))
+        assert not any("did not open" in str(part["props"].get("value")) for part in client.config["components"])
+        images, report = images_of(client, "/guided", **GUIDED)
+        assert images.shape == (4, 28, 28, 1)
+        assert "from_pretrained('hfdiff/mnist-classifier-guided')" in report["code"]
+        assert images_of(client, "/langevin", **LANGEVIN)[1]["model"] == "user/ncsn"
 
 
 def test_what_is_deployed_needs_nothing_of_this_checkout(tmp_path):

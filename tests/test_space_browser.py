@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from space_server import serve
+from space_server import serve_from_hub
 
 pytest.importorskip("gradio")
 selenium = pytest.importorskip("selenium")
@@ -33,7 +33,7 @@ TABS = {"guided": "Guidance", "langevin": "Langevin", "sweep": "Scales"}
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("space")) as address:
+    with serve_from_hub(tmp_path_factory.mktemp("space"), ncsn="hfdiff/mnist-ncsn") as address:
         yield address
 
 
