@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 
 from .commands import bits_per_dim, evaluate, push, push_space, sweep
 from .evaluation.sampling import class_indices, open_pipeline, scheduler_class
-from .images import image_grid, to_bytes
+from .images import image_grid, to_bytes, to_pil
 from .models.noisy_classifier import NoisyClassifier
 from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from .pipelines.pipeline_ncsn import NCSNPipeline
@@ -55,7 +54,7 @@ def save(images: np.ndarray, labels: Sequence[int | str] | None, output: Path, c
     The npz file has the images in arr_0 and the labels in arr_1, the folder one file for each image.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    pictures = diffusers.DiffusionPipeline.numpy_to_pil(images / np.float32(255))
+    pictures = to_pil(images)
     if output.suffix == ".npz":
         np.savez(output, images, *([] if labels is None else [np.asarray(labels)]))
     elif output.suffix in IMAGE_SUFFIXES:
@@ -99,7 +98,7 @@ def demo(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     rows = [draw(pipe, labels, args.seed, scale, args.steps) for scale in (None, 0.0)]
     seconds = time.perf_counter() - start
-    pictures = diffusers.DiffusionPipeline.numpy_to_pil(np.concatenate(rows) / np.float32(255))
+    pictures = to_pil(np.concatenate(rows))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     image_grid(pictures, columns=len(labels), scale=3).save(args.output)
     print(f"{args.output}: {2 * len(labels)} images in {seconds:.1f} s; asked for {' '.join(map(str, labels))}")

@@ -20,7 +20,7 @@ from .card import CARD, PICTURE, complete_card
 from .images import image_grid
 from .pipelines.hub_download import speaking
 from .pipelines.portable import INDEX, add_code, use_imported
-from .training.files import PARTIAL, discard, replace
+from .training.files import PARTIAL, new_folder
 
 CONFIG = "config.json"
 NOT_PUBLISHED = ["checkpoint-*", "logs/*", "*.jsonl", f"*{PARTIAL}*", ".git/*", ".cache/*"]  # `*` also matches slashes
@@ -60,12 +60,7 @@ def export(
         OSError: when it cannot be written; there is then no destination.
     """
     destination = Path(destination)
-    if destination.exists() and any(destination.iterdir()):
-        raise ValueError(f"`destination` must be a new or an empty folder, got {str(destination)!r}; name another.")
-    partial = destination.with_name(f"{destination.name}{PARTIAL}")
-    discard(partial)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(destination) as partial:
         if isinstance(source, DiffusionPipeline):
             source.save_pretrained(partial, variant=variant)
         else:
@@ -75,9 +70,6 @@ def export(
         if card is not None and not partial.joinpath(CARD).exists():
             partial.joinpath(CARD).write_text(card)
         _finish(source, partial, repo_id or str(destination), license, variant, picture)
-        replace(partial, destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return destination
 
 

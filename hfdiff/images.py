@@ -3,12 +3,18 @@
 from collections.abc import Sequence
 
 import numpy as np
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 
 def to_bytes(images: np.ndarray) -> np.ndarray:
     """Images in [0, 1] as uint8, rounded to the nearest level (guided-diffusion truncates); any shape."""
     return (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
+
+
+def to_pil(images: np.ndarray) -> list[Image.Image]:
+    """Images (N, H, W, C), uint8, as PIL's, of mode L where there is one channel."""
+    return DiffusionPipeline.numpy_to_pil(images / np.float32(255))
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, scale: int = 1, gap: int = 2) -> Image.Image:

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, metadata_load
 
 from .hub import open_repository, upload
 from .pipelines.hub_download import speaking
+from .training.files import new_folder
 
 CARD = "README.md"
 ENTRIES = ("sdk", "sdk_version", "python_version", "app_file")  # that the card of a Gradio Space must have
@@ -28,17 +29,17 @@ def export_space(folder: str | Path, destination: str | Path) -> Path:
 
     Raises:
         ValueError: for a folder that is no Gradio Space, or a destination with files.
+        OSError: when it cannot be written; there is then no destination.
     """
     folder, destination = Path(folder), Path(destination)
     card = _card(folder)
-    if destination.exists() and any(destination.iterdir()):
-        raise ValueError(f"`destination` must be a new or an empty folder, got {str(destination)!r}; name another.")
-    shutil.copytree(folder, destination, dirs_exist_ok=True, ignore=NOT_DEPLOYED)
-    shutil.copytree(PACKAGE, destination / PACKAGE.name, ignore=NOT_DEPLOYED)
-    for model in card.get("models", []):
-        bundled = folder.resolve().parents[1] / "pipelines" / model.rpartition("/")[2]
-        if bundled.is_dir():
-            shutil.copytree(bundled, destination / "pipelines" / bundled.name, ignore=NOT_DEPLOYED)
+    with new_folder(destination) as partial:
+        shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=NOT_DEPLOYED)
+        shutil.copytree(PACKAGE, partial / PACKAGE.name, ignore=NOT_DEPLOYED)
+        for model in card.get("models") or []:
+            bundled = folder.resolve().parent.parent / "pipelines" / model.rpartition("/")[2]
+            if bundled.is_dir():
+                shutil.copytree(bundled, partial / "pipelines" / bundled.name, ignore=NOT_DEPLOYED)
     return destination
 
 

@@ -18,6 +18,8 @@ from loopback_hub import LoopbackHub
 from PIL import Image
 from space_server import ROOT, SPACE
 
+from hfdiff.space import export_space
+
 pytest.importorskip("gradio")
 
 
@@ -113,7 +115,7 @@ def test_a_film_shows_the_pixels_of_its_frames(part):
     ]
     shown = film.Film(panels)
     shown.add(drawing.Frame(1, 5, "step 1", xt, x0, probabilities, None))
-    first, second = shown.value(done=True)["panels"]
+    first, second = shown.value()["panels"]
     assert first["frames"][0]["notes"] == ["90%", "80%"]
     assert second["frames"][0]["notes"] == ["50%", "100%"]
     for panel, rows in ((first, slice(0, 2)), (second, slice(2, 4))):
@@ -121,7 +123,7 @@ def test_a_film_shows_the_pixels_of_its_frames(part):
             strip = base64.b64decode(panel["frames"][0][name].partition(",")[2])
             expected = np.concatenate(list(images[rows, ..., 0]), axis=1)
             np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(strip))), expected)
-    json.dumps(shown.value(done=True))
+    json.dumps(shown.value())
 
 
 def test_frames_are_what_the_pipeline_saw(part):
@@ -146,6 +148,39 @@ def test_frames_are_what_the_pipeline_saw(part):
         t = pipe.scheduler.timesteps[0]
         probabilities = pipe.classifier(torch.cat([noise, noise]), t).logits.softmax(-1)
     np.testing.assert_allclose(frames[0].probabilities, probabilities.numpy(), rtol=1e-4)
+
+
+def test_classes_are_in_order_and_may_have_no_names(part):
+    """Those of a classifier without names are asked for by index, by the call and by its code."""
+    from hfdiff import NoisyClassifier
+
+    def opened(id2label):
+        torch.manual_seed(0)
+        classifier = NoisyClassifier(
+            8, 1, 11, model_channels=8, num_head_channels=8, norm_num_groups=4, id2label=id2label
+        )
+        pipe = SimpleNamespace(classifier=classifier, device=torch.device("cpu"), scheduler=None)
+        return part("opening").Opened(pipe, "name", "")
+
+    names = {str(i): f"class {i}" for i in (10, *range(10))}  # as JSON with sorted keys has them
+    assert opened(names).labels == [f"class {i}" for i in range(11)]
+    guided = part("guided").Guided(opened(None))
+    settings = part("guided").Settings(("10", "2"), 1.0, 2, "own", 0, (0.0, 1.0))
+    assert guided.arguments(settings)["class_labels"] == [10, 2, 10, 2]
+
+
+def test_a_space_that_cannot_be_written_is_not_there(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hfdiff.space.shutil.copytree", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_space(SPACE, tmp_path / "space")
+    assert not list(tmp_path.iterdir())
+    tmp_path.joinpath("taken").mkdir()
+    tmp_path.joinpath("taken", "file").touch()
+    with pytest.raises(ValueError, match="`destination` must be a new or an empty folder"):
+        export_space(SPACE, tmp_path / "taken")
 
 
 def test_a_gpu_is_lent_for_the_time_of_the_steps(part, monkeypatch):

@@ -5,6 +5,8 @@ They are written beside their place under a name that ends in ".partial", synchr
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -24,6 +26,25 @@ def replace(source: Path, target: Path) -> None:
         discard(target)
     os.replace(source, target)
     sync(target.parent)
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A folder to be filled, which becomes the destination when all has gone well; otherwise there is none.
+
+    Raises:
+        ValueError: for a destination with files.
+    """
+    if destination.exists() and any(destination.iterdir()):
+        raise ValueError(f"`destination` must be a new or an empty folder, got {str(destination)!r}; name another.")
+    partial = destination.with_name(f"{destination.name}{PARTIAL}")
+    discard(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        replace(partial, destination)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -3,13 +3,12 @@
 import copy
 from pathlib import Path
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, UNet2DModel
+from diffusers import ModelMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..images import image_grid, to_bytes
+from ..images import image_grid, to_bytes, to_pil
 from ..pipelines.pipeline_ncsn import NCSNPipeline
 from ..schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..schedulers.scheduling_ddpm import DDPMScheduler
@@ -78,7 +77,7 @@ def draw_by_langevin(
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     """Writes images, bytes (N, C, H, W), as a picture, of about as many rows as columns by default."""
-    pictures = DiffusionPipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy() / np.float32(255))
+    pictures = to_pil(images.permute(0, 2, 3, 1).numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
     scale = max(1, PIXELS_SHOWN // images.shape[-1])
     image_grid(pictures, columns or round(len(images) ** 0.5), scale).save(path)

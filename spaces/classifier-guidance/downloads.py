@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from film import to_pil
 
-from hfdiff.images import image_grid
+from hfdiff.images import image_grid, to_pil
 
 SHOWN = 96  # pixels, the least side of an image in a picture
 

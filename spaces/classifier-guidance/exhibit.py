@@ -85,10 +85,10 @@ class Exhibit(ABC):
                 frames.append(frame)
                 watched.add(frame)
                 if time.monotonic() - shown > SECONDS_BETWEEN:
-                    yield watched.value(done=False), code, *waiting, gr.skip(), gr.skip()
+                    yield watched.value(), code, *waiting, gr.skip(), gr.skip()
                     shown = time.monotonic()
             with self._files(settings, frames[-1]) as (picture, archive):
-                yield watched.value(done=True), code, *self.plots(settings, frames), picture, archive
+                yield watched.value(), code, *self.plots(settings, frames), picture, archive
 
     def answer(self) -> Callable[..., Iterator[tuple]]:
         """The function behind the endpoint, with the parameters and the description of [`Exhibit.check`]."""

@@ -1,4 +1,4 @@
-// Shows the frames of props.value: { panels: [{ title, columns, frames: [{ caption, xt, x0, notes }] }], done, pixelated }
+// Shows the frames of props.value: { panels: [{ title, columns, frames: [{ caption, xt, x0, notes }] }], pixelated }
 const part = (name) => element.querySelector(`[data-part="${name}"]`);
 const KINDS = { xt: "xₜ, what the model sees", x0: "x̂₀, what it takes the image to be" };
 const MILLISECONDS = 110;
@@ -85,7 +85,6 @@ function refresh() {
   pause();
   layOut();
   show(last());
-  element.dataset.done = String(Boolean(props.value.done));
 }
 
 element.addEventListener("click", (event) => {

@@ -9,10 +9,9 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from diffusers import DiffusionPipeline
 from drawing import Frame
 
-from hfdiff.images import image_grid
+from hfdiff.images import image_grid, to_pil
 
 HERE = Path(__file__).resolve().parent
 COLORS = (  # of curves and of the names of their images
@@ -76,10 +75,10 @@ class Film:
             notes = [f"{probability:.0%}" for probability in panel.probabilities(frame)]
             shown["frames"].append({"caption": frame.caption, "notes": notes, **strips})
 
-    def value(self, *, done: bool) -> dict[str, Any]:
+    def value(self) -> dict[str, Any]:
         """What the player shows, in JSON values."""
         panels = [{**panel, "frames": list(panel["frames"])} for panel in self._panels]
-        return {"panels": panels, "pixelated": self._pixelated, "done": done}
+        return {"panels": panels, "pixelated": self._pixelated}
 
 
 def color_map(names: Sequence[str]) -> dict[str, str]:
@@ -92,8 +91,3 @@ def _strip(images: np.ndarray) -> str:
     buffer = io.BytesIO()
     image_grid(to_pil(images), columns=len(images), gap=0).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def to_pil(images: np.ndarray) -> list[Any]:
-    """(N, H, W, C) uint8 as PIL images."""
-    return DiffusionPipeline.numpy_to_pil(images / np.float32(255))

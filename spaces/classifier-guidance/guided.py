@@ -85,7 +85,7 @@ class Guided(Exhibit):
     def arguments(self, settings: Settings) -> dict[str, Any]:
         count = len(settings.labels)
         return {
-            "class_labels": list(settings.labels) * 2,
+            "class_labels": self._asked(settings) * 2,
             "guidance_scale": torch.tensor([settings.guidance_scale] * count + [0.0] * count),
             "num_inference_steps": settings.steps,
             "guidance_interval": settings.interval,
@@ -95,7 +95,7 @@ class Guided(Exhibit):
     def snippet(self, settings: Settings) -> str:
         count = len(settings.labels)
         return f"""{opening_lines(self.opened, settings.scheduler)}
-labels = {list(settings.labels)}
+labels = {self._asked(settings)}
 images = pipe(
     labels * 2,
     guidance_scale=torch.tensor([{settings.guidance_scale}] * {count} + [0.0] * {count}),  # guided, then not
@@ -104,6 +104,9 @@ images = pipe(
     generator=[torch.Generator().manual_seed({settings.seed} + i % {count}) for i in range({2 * count})],
 ).images
 """
+
+    def _asked(self, settings: Settings) -> list[int | str]:
+        return [self.opened.classes[label] for label in settings.labels]
 
     def panels(self, settings: Settings) -> list[Panel]:
         count, names = len(settings.labels), settings.labels

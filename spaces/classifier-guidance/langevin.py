@@ -11,8 +11,9 @@ from drawing import Frame, generators
 from exhibit import Exhibit, seed_control
 from film import Panel
 
+from hfdiff.schedulers.scheduling_annealed_langevin import SAMPLINGS
+
 MOST_STEPS = 250
-SAMPLINGS = ["consistent", "langevin", "predictor_corrector"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Langevin(Exhibit):
         return Settings(
             whole("Images", count, 1, MOST_IMAGES),
             whole("Steps", steps, 1, MOST_STEPS),
-            choice("Sampler", sampling, SAMPLINGS),
+            choice("Sampler", sampling, list(SAMPLINGS)),
             whole("Seed", seed, 0, MOST_SEED),
         )
 
@@ -93,7 +94,7 @@ images = pipe(
         return [
             gr.Slider(1, MOST_IMAGES, 5, step=1, label="Images"),
             gr.Slider(5, MOST_STEPS, 100, step=1, label="Steps (model calls)"),
-            gr.Radio(SAMPLINGS, value=self.opened.pipe.scheduler.config.sampling, label="Sampler"),
+            gr.Radio(list(SAMPLINGS), value=self.opened.pipe.scheduler.config.sampling, label="Sampler"),
             seed_control(MOST_SEED),
         ]
 

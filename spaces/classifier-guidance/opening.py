@@ -38,9 +38,16 @@ class Opened:
     note: str
 
     @property
+    def classes(self) -> dict[str, int | str]:
+        """What the pipeline is asked for, by the label shown: a name, or an index where classes have no names."""
+        classifier = self.pipe.classifier
+        named = bool(classifier.config.id2label)
+        return {name: name if named else index for index, name in sorted(classifier.id2label.items())}
+
+    @property
     def labels(self) -> list[str]:
-        """The names of the classes, in order."""
-        return [str(name) for _, name in sorted(self.pipe.classifier.config.id2label.items(), key=lambda x: int(x[0]))]
+        """The labels of the classes, in order."""
+        return list(self.classes)
 
     @property
     def preamble(self) -> list[str]:
@@ -81,7 +88,7 @@ def _open(kind: Any, variable: str, usual: str) -> Opened:
         return Opened(_on_device(kind.from_pretrained(wanted)), wanted, "")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-    bundled = next(path for path in (HERE / "pipelines", HERE.parents[1] / "pipelines") if path.is_dir()) / usual
+    bundled = next(path for path in (HERE / "pipelines", HERE.parent.parent / "pipelines") if path.is_dir()) / usual
     note = f"`{wanted}` did not open, so this page draws with the pipeline that came with it. ({reason})"
     return Opened(_on_device(kind.from_pretrained(bundled)), f"pipelines/{usual}", note)
 

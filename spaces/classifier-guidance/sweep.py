@@ -67,7 +67,7 @@ class Sweep(Exhibit):
     def arguments(self, settings: Settings) -> dict[str, Any]:
         count = len(settings.scales)
         return {
-            "class_labels": [settings.label] * count,
+            "class_labels": [self.opened.classes[settings.label]] * count,
             "guidance_scale": torch.tensor(settings.scales),
             "num_inference_steps": settings.steps,
             "generator": generators([settings.seed] * count),
@@ -77,7 +77,7 @@ class Sweep(Exhibit):
         return f"""{opening_lines(self.opened, settings.scheduler)}
 scales = torch.tensor({list(settings.scales)})
 images = pipe(
-    [{settings.label!r}] * len(scales),
+    [{self.opened.classes[settings.label]!r}] * len(scales),
     guidance_scale=scales,
     num_inference_steps={settings.steps},
     generator=[torch.Generator().manual_seed({settings.seed}) for _ in scales],
