@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hfdiff import ClassifierGuidedPipeline, NoisyClassifier
 from hfdiff.cli import draw, scheduler_class
+from hfdiff.data.labelled import load_images
 from hfdiff.evaluation import frechet_distance
-from hfdiff.training.data import load_images
 
 CLEAN = 0  # the independent classifier's timestep: it knows clean images alone
 

@@ -24,7 +24,7 @@ from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 from space_server import serve  # noqa: E402
 

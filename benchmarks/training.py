@@ -26,7 +26,7 @@ from statistics import median, quantiles
 
 import torch
 
-from hfdiff.training.data import LabelledImages
+from hfdiff.data.labelled import LabelledImages
 
 SIZE, BATCH, WARM_UP = 28, 128, 3
 NETWORK = ("--block_out_channels", "[32, 64, 64]", "--norm_num_groups", "8", "--attention_head_dim", "32")

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from .commands import bits_per_dim, evaluate, push, push_space, sweep
-from .evaluation.sampling import class_indices, open_pipeline, scheduler_class
-from .images import image_grid, to_bytes, to_pil
+from .data.pictures import image_grid, to_bytes, to_pil
+from .data.process import is_first_process
 from .models.noisy_classifier import NoisyClassifier
 from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from .pipelines.pipeline_ncsn import NCSNPipeline
-from .training.process import is_first_process
+from .sampling.opening import open_pipeline, scheduler_class
+from .sampling.sampler import class_indices
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 BATCH_SIZE = 100

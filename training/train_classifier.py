@@ -18,20 +18,21 @@ from diffusers import ModelMixin
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from hfdiff.data.labelled import LabelledImages
+from hfdiff.data.process import is_first_process, on_main, run_script
+from hfdiff.data.sources import DIGITS, reading_model
 from hfdiff.models.noisy_classifier import NoisyClassifier
 from hfdiff.pipelines.inputs import has_noise_levels, most_steps
 from hfdiff.pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from hfdiff.training.augmentation import Augmentation
+from hfdiff.training.batches import Batch, BatchStream, load_training_data
 from hfdiff.training.card import find_repository, publish, write_card
 from hfdiff.training.checkpoints import placed
 from hfdiff.training.classifier_report import load_judge, make_monitor, report_noise_levels, report_samples
 from hfdiff.training.config import TrainingSettings, parse_settings
-from hfdiff.training.data import Batch, BatchStream, LabelledImages, load_training_data
 from hfdiff.training.diffusion_model import Levels, make_levels, noise_schedule, open_diffusion_model
-from hfdiff.training.images import Augmentation
 from hfdiff.training.loop import Loss, make_accelerator, train
 from hfdiff.training.losses import classification_loss, guided_denoising_loss
-from hfdiff.training.process import is_first_process, on_main, run_script
-from hfdiff.training.sources import DIGITS, reading_model
 
 BARE_DIFFUSION_MODEL = "out/digits-ddpm"
 NO_MODEL = (

@@ -15,16 +15,17 @@ from diffusers import DDPMPipeline, UNet2DModel
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Generator, Tensor, nn
 
+from hfdiff.data.labelled import LabelledImages
+from hfdiff.data.process import on_main, run_script
 from hfdiff.schedulers.scheduling_ddpm import LEARNED_VARIANCES, DDPMScheduler
+from hfdiff.training.augmentation import Augmentation
+from hfdiff.training.batches import Batch, BatchStream, load_training_data
 from hfdiff.training.card import find_repository
 from hfdiff.training.config import parse_settings
-from hfdiff.training.data import Batch, BatchStream, LabelledImages, load_training_data
 from hfdiff.training.finish import common_measures, finish
-from hfdiff.training.images import Augmentation
 from hfdiff.training.loop import make_accelerator, train
 from hfdiff.training.losses import VLB_WEIGHT, LossType, check_objective, ddpm_losses, weighted_mean
 from hfdiff.training.monitor import BOUND_TERMS, MonitorSettings, first_images, held_out_bound, make_monitor
-from hfdiff.training.process import on_main, run_script
 from hfdiff.training.samples import draw_images
 from hfdiff.training.timesteps import LossSecondMomentSampler
 from hfdiff.training.unet import UNetSettings, build_unet

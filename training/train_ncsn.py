@@ -15,20 +15,21 @@ from diffusers import ModelMixin
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Generator, Tensor, nn
 
+from hfdiff.data.labelled import LabelledImages
+from hfdiff.data.process import is_first_process, on_main, run_script
 from hfdiff.models.ncsn import NCSNModel
 from hfdiff.models.ncsnv2 import NCSNv2Model
 from hfdiff.pipelines.pipeline_ncsn import NCSNPipeline
 from hfdiff.schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
+from hfdiff.training.augmentation import Augmentation
+from hfdiff.training.batches import Batch, BatchStream, load_training_data
 from hfdiff.training.card import find_repository
 from hfdiff.training.config import parse_settings
-from hfdiff.training.data import Batch, BatchStream, LabelledImages, load_training_data
 from hfdiff.training.finish import common_measures, finish
-from hfdiff.training.images import Augmentation
 from hfdiff.training.levels import choose_levels, sampling_reasons
 from hfdiff.training.loop import make_accelerator, train
 from hfdiff.training.losses import score_matching_losses
 from hfdiff.training.monitor import MonitorSettings, make_monitor
-from hfdiff.training.process import is_first_process, on_main, run_script
 from hfdiff.training.samples import draw_by_langevin
 from hfdiff.training.unet import UNetSettings, build_unet
 

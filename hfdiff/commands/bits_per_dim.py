@@ -88,7 +88,7 @@ def load_model(pipeline: str) -> tuple[Any, DDPMScheduler]:
 def load_data(args: argparse.Namespace, unet: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The images, in the model's size, and their labels, for a class-conditional model."""
     try:
-        from ..training.data import load_images
+        from ..data.labelled import load_images
     except ImportError as error:
         raise ValueError(
             f"`--dataset_name` needs the training's packages, got {error}; `pip install 'hfdiff[train]'`."

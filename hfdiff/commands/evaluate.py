@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..data.image_source import open_images
+from ..data.process import is_first_process
 from ..evaluation.evaluate import Evaluator
 from ..evaluation.feature_set import Reference, compute_statistics, open_reference
 from ..evaluation.features import FeatureExtractor, load_features
 from ..evaluation.metric_set import METRICS, EvaluationSettings
 from ..evaluation.report import Report, check_report_path
-from ..evaluation.sample_files import default_folder, draw_samples, join_processes, only_main
-from ..evaluation.sampling import INDEX, Sampler, open_pipeline
-from ..evaluation.sources import open_images
 from ..evaluation.statistics import save_statistics
-from ..training.process import is_first_process
+from ..sampling.opening import INDEX, open_pipeline
+from ..sampling.sample_files import default_folder, draw_samples, join_processes, only_main
+from ..sampling.sampler import Sampler
 from .evaluation_flags import (
     add_measuring_flags,
     add_sampling_flags,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.metric_set import EvaluationSettings
-from ..evaluation.sampling import LABEL_POLICIES, SamplingSettings
+from ..sampling.settings import LABEL_POLICIES, SamplingSettings
 
 EVALUATION_HELP = {
     "batch_size": "images per call of the network",

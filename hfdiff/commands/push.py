@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..hub import export, push
+from ..hub.folder import export
+from ..hub.repository import push
 
 
 def add_parser(commands: Any) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..space import export_space, push_space
+from ..hub.space import export_space, push_space
 
 
 def add_parser(commands: Any) -> None:

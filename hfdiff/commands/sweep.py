@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..data.files import place_file
 from ..evaluation.evaluate import Evaluator
 from ..evaluation.feature_set import open_reference
 from ..evaluation.features import load_features
-from ..evaluation.files import place_file
 from ..evaluation.metric_set import METRICS, EvaluationSettings
 from ..evaluation.plots import figure_class
 from ..evaluation.report import Report
-from ..evaluation.sample_files import join_processes, only_main
-from ..evaluation.sampling import open_pipeline
 from ..evaluation.sweep import SweepTable, sweep, sweep_points
+from ..sampling.opening import open_pipeline
+from ..sampling.sample_files import join_processes, only_main
 from .evaluate import IMAGES
 from .evaluation_flags import add_measuring_flags, add_sampling_flags, evaluation_settings, sampling_settings
 

@@ -1,5 +1,10 @@
 """Measures of models and of generated images."""
 
+from ..data.image_source import ImageSource, images_in_memory, open_images
+from ..sampling.opening import open_pipeline
+from ..sampling.sample_files import draw_samples, join_processes
+from ..sampling.sampler import Sampler
+from ..sampling.settings import SamplingSettings
 from .accuracy import ClassAccuracy, class_accuracy
 from .bits_per_dim import BitsPerDim, bits_per_dim, spread_timesteps
 from .evaluate import Evaluator, evaluate
@@ -11,9 +16,6 @@ from .metric_set import EvaluationSettings
 from .metrics import frechet_distance, frechet_distance_infinity
 from .noise_levels import NoiseBucket, evaluate_noise_levels, expected_calibration_error
 from .precision_recall import PrecisionRecall, precision_recall
-from .sample_files import draw_samples, join_processes
-from .sampling import Sampler, SamplingSettings, open_pipeline
-from .sources import ImageSource, images_in_memory, open_images
 from .statistics import FeatureStatistics, RunningStatistics, feature_statistics, load_statistics, save_statistics
 from .sweep import SweepTable, sweep, sweep_points
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..schedulers.gaussian import normal_kl
 from ..schedulers.scheduling_ddpm import DDPMScheduler
-from ..training.losses import clipped, variational_terms
+from ..schedulers.variational_bound import clipped, variational_terms
 
 Noise = Tensor | Callable[[int], Tensor]
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data.image_source import ImageSource
 from .feature_set import STATISTICS, Reference, collect, collect_reference, first_features
 from .features import FeatureExtractor, ImageFeatures
 from .inception_score import inception_score
 from .metric_set import LABELS, METRICS, EvaluationSettings, Metric, Value
 from .metrics import FEWEST_TO_EXTRAPOLATE, small_sample_warning
 from .report import Report
-from .sources import ImageSource
 from .statistics import StatisticsFile
 
 SORTED_SPLITS = 0.8  # of the score of all images: splits that have less are not alike

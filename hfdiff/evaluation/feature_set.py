@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.image_source import ImageSource, open_images
 from .features import FeatureExtractor, ImageFeatures
-from .sources import ImageSource, open_images
 from .statistics import RunningStatistics, StatisticsFile, load_statistics
 
 STATISTICS = {"statistics": "pooled", "spatial_statistics": "spatial"}  # the parts kept as sums, and what they sum

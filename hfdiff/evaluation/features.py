@@ -6,7 +6,6 @@ network wants. Channels are changed only where nothing is lost; sizes only by a 
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+from ..data.files import file_checksum
 from ..models.noisy_classifier import NoisyClassifier
 
 SPATIAL_CHANNELS = 7  # of a map, as guided-diffusion's evaluator takes them for sFID
@@ -54,7 +54,7 @@ def load_features(name: str, *, weights: str | Path | None = None) -> FeatureExt
         ValueError: for another name, or a network that is not there.
     """
     if name == "inception":
-        from .inception import InceptionFeatures  # needs torch-fidelity
+        from .inception import InceptionFeatures
 
         return InceptionFeatures(weights)
     if not name.startswith(CLASSIFIER) or weights is not None:
@@ -203,21 +203,6 @@ def tap_input(module: nn.Module) -> list[Tensor]:
 def best_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def file_checksum(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's safetensors files one after the other."""
-    return files_checksum([path] if path.is_file() else sorted(path.glob("*.safetensors")))
-
-
-def files_checksum(files: Sequence[Path]) -> str:
-    """SHA-256 of files one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def module_checksum(module: nn.Module) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .features import ImageFeatures, best_device, file_checksum, first_channels, match_channels, tap_output
+from ..data.files import file_checksum
+from .features import ImageFeatures, best_device, first_channels, match_channels, tap_output
 
 OUTPUTS = ("2048", "logits_unbiased")  # torch-fidelity's names; the published scores leave the bias out
 

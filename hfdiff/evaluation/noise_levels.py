@@ -15,8 +15,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..pipelines.guidance import log_likelihood
-from ..training.losses import noisy_input
+from ..pipelines.guidance import log_likelihood, noisy_input
 from .plots import figure_class
 
 CALIBRATION_BINS = 15  # as in Guo et al. (2017)
@@ -59,7 +58,7 @@ def evaluate_noise_levels(
     Args:
         classifier: maps (x_t, t) to an object with logits (B, K); in evaluation mode.
         scheduler: the noise levels, hfdiff's DDPMScheduler or AnnealedLangevinScheduler.
-        images: clean images in [-1, 1], (N, C, H, W): a tensor, or an `hfdiff.training.images.ImageSet`.
+        images: clean images in [-1, 1], (N, C, H, W): a tensor, or an `hfdiff.data.images.ImageSet`.
         labels: their classes, (N,).
         num_buckets: at most; no more than timesteps.
         generator: source of timesteps and noise.

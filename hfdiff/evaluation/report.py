@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .files import place_file
+from ..data.files import place_file
 
 PACKAGES = ("hfdiff", "torch", "diffusers", "transformers", "datasets", "numpy", "pillow", "torch-fidelity")
 

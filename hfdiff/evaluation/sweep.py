@@ -16,13 +16,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..training.process import on_main
+from ..data.files import place_file
+from ..data.image_source import open_images
+from ..data.process import on_main
+from ..sampling.opening import OpenedPipeline
+from ..sampling.sample_files import draw_samples
+from ..sampling.sampler import Sampler
+from ..sampling.settings import SamplingSettings
 from .evaluate import Evaluator
-from .files import place_file
 from .report import Report, read_report
-from .sample_files import draw_samples
-from .sampling import OpenedPipeline, Sampler, SamplingSettings
-from .sources import open_images
 
 LOWER_IS_BETTER = ("fid", "fid_infinity", "kid", "sfid")
 CURVE = ("scheduler", "num_inference_steps")  # what the points of one line of the plot share

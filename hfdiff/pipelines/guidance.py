@@ -59,3 +59,8 @@ def shift_mean(mean: Tensor, variance: Tensor | float, gradient: Tensor) -> Tens
 def shift_epsilon(eps: Tensor, alpha_bar: Tensor | float, gradient: Tensor) -> Tensor:
     """ε̂ = ε - √(1-ᾱ) g (algorithm 2). `alpha_bar` is ᾱ_t, a float or broadcastable."""
     return eps - (1 - alpha_bar) ** 0.5 * gradient
+
+
+def noisy_input(scheduler: Any, x0: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+    """What a model is given of x_t: √ᾱ x_0 + √(1-ᾱ) ε of a DDPM, x_0 + σ ε of an NCSN, or the latter scaled."""
+    return scheduler.scale_model_input(scheduler.add_noise(x0, noise, timestep), timestep)

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..hub import open_repository, push
+from ..data.labelled import LabelledImages
+from ..data.sources import DIGITS
+from ..hub.repository import open_repository, push
 from .config import TrainingSettings
-from .data import LabelledImages
-from .sources import DIGITS
 
 PACKAGES = ("hfdiff", "torch", "diffusers", "accelerate", "datasets")
 NAMES_SHOWN = 20  # classes that a card lists by name

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .files import PARTIAL, discard, replace, sync, write_synced
+from ..data.files import PARTIAL, discard, replace, sync, write_synced
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "manifest.json"

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 from ..cli import draw, judge_labels
+from ..data.labelled import LabelledImages
+from ..data.sources import reading_model
 from ..evaluation.noise_levels import (
     NoiseBucket,
     average_noise_levels,
@@ -18,11 +20,10 @@ from ..evaluation.noise_levels import (
 from ..models.noisy_classifier import NoisyClassifier
 from ..pipelines.inputs import most_steps
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from .batches import derive_seed, make_generator
 from .card import Measurement
-from .data import LabelledImages, derive_seed, make_generator
 from .diffusion_model import Levels
 from .samples import save_grid
-from .sources import reading_model
 
 MEASURES = {
     "accuracy": "accuracy on noisy images",

@@ -122,7 +122,7 @@ class TrainingSettings:
 
     @property
     def dataset(self) -> str:
-        """The dataset to train on, as [`~hfdiff.training.data.load_images`] takes it."""
+        """The dataset to train on, as [`~hfdiff.data.labelled.load_images`] takes it."""
         return self.train_data_dir or self.dataset_name or "digits"
 
 

@@ -4,12 +4,12 @@ from typing import Any
 
 from diffusers import ModelMixin, UNet2DModel
 
+from ..data.sources import reading_model
 from ..models.ncsn import NCSNModel
 from ..models.ncsnv2 import NCSNv2Model
 from ..pipelines.outputs import draws_from_zero
 from ..schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..schedulers.scheduling_ddpm import DDPMScheduler
-from .sources import reading_model
 
 BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
 SIGMAS = ("num_train_timesteps", "sigma_schedule", "sigma_min", "sigma_max", "scale_input")

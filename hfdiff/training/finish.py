@@ -7,9 +7,9 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
+from ..data.labelled import LabelledImages
 from .card import Measurement, publish, write_card
 from .checkpoints import placed
-from .data import LabelledImages
 from .log import VALIDATION
 from .monitor import MonitorSettings, grid_path
 

@@ -4,10 +4,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ..data.labelled import LabelledImages
 from ..schedulers.noise import ncsnv2_num_levels
 from ..schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .config import TrainingSettings
-from .data import LabelledImages
 
 MOST_IMAGES = 10_000  # whose distances are compared
 BLOCK = 1000  # of them at once

@@ -13,9 +13,9 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.files import PARTIAL, replace, sync, write_synced
 from .checkpoints import find_checkpoints
 from .config import TrainingSettings
-from .files import PARTIAL, replace, sync, write_synced
 
 LOG, VALIDATION = "log.jsonl", "validation.jsonl"
 TRACKER, NO_TRACKER = "tensorboard", "none"

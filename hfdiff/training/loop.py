@@ -24,18 +24,12 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .checkpoints import (
-    check_same_run,
-    checkpoint_step,
-    choose_checkpoint,
-    read_checkpoint,
-    write_checkpoint,
-)
+from ..data.files import remove_leftovers
+from ..data.process import StopRequest, keep_freed_memory, on_main
+from .batches import Batch, derive_seed
+from .checkpoints import check_same_run, checkpoint_step, choose_checkpoint, read_checkpoint, write_checkpoint
 from .config import TrainingSettings
-from .data import Batch, derive_seed
-from .files import remove_leftovers
 from .log import TrainingLog, choose_tracker
-from .process import StopRequest, keep_freed_memory, on_main
 from .state import Stateful, TrainingState
 
 Batches = Callable[[int], Batch]

@@ -4,8 +4,6 @@ Images are (B, C, H, W) in [-1, 1]; `timestep` is (B,), larger is noisier; noise
 What is plural gives one number per image, (B,), to be reduced by [`weighted_mean`]; the others give that mean.
 """
 
-import copy
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..pipelines.guidance import log_likelihood, shift_epsilon
-from ..schedulers.gaussian import convert, discretized_gaussian_log_likelihood, normal_kl
+from ..pipelines.guidance import log_likelihood, noisy_input, shift_epsilon
+from ..schedulers.gaussian import convert
 from ..schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
-from ..schedulers.scheduling_ddpm import LEARNED_VARIANCES, DDPMScheduler, PMeanVariance
+from ..schedulers.scheduling_ddpm import LEARNED_VARIANCES, DDPMScheduler
+from ..schedulers.variational_bound import clipped, variational_terms
 
 Model = Callable[..., Any]  # (x_t, t), and class_labels if there are any, to an output with `.sample` or `.logits`
 LossType = Literal["simple", "vlb", "hybrid"]
@@ -171,11 +170,6 @@ def simple_losses(
     return losses * MIN_SNR_WEIGHTS[kind](alpha_bar / (1 - alpha_bar), snr_gamma).to(losses)
 
 
-def noisy_input(scheduler: Any, x0: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-    """What a model is given of x_t: √ᾱ x_0 + √(1-ᾱ) ε of a DDPM, x_0 + σ ε of an NCSN, or the latter scaled."""
-    return scheduler.scale_model_input(scheduler.add_noise(x0, noise, timestep), timestep)
-
-
 # --- denoising score matching ----------------------------------------------------------------------------------------
 
 
@@ -201,34 +195,6 @@ def score_matching_losses(
 
 
 # --- the variational bound -------------------------------------------------------------------------------------------
-
-
-def variational_terms(p: PMeanVariance, scheduler: DDPMScheduler, x0: Tensor, xt: Tensor, timestep: Tensor) -> Tensor:
-    """The bound's term at each image's timestep, in bits per dimension, (B,) (Ho et al. 2020, equation 5).
-
-    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and at the chain's first timestep L_0 = -log p(x_0 | x_1),
-    of 8-bit images ([`~hfdiff.schedulers.gaussian.discretized_gaussian_log_likelihood`]).
-
-    Args:
-        p: p(x_{t-1} | x_t), from the scheduler's `p_mean_variance`.
-        scheduler: the chain.
-        x0: clean images.
-        xt: noisy images x_t.
-        timestep: t, of the chain.
-    """
-    mean, _, log_variance = scheduler.q_posterior(x0, xt, timestep)
-    kl = normal_kl(mean, log_variance, p.mean, p.log_variance)
-    nll = -discretized_gaussian_log_likelihood(x0, p.mean, 0.5 * p.log_variance)
-    first = int(scheduler.timesteps[-1])
-    nats = torch.where(timestep == first, nll.flatten(1).mean(dim=1), kl.flatten(1).mean(dim=1))
-    return nats / math.log(2)
-
-
-def clipped(scheduler: DDPMScheduler, clip: bool) -> DDPMScheduler:
-    """The scheduler with its chain, but with predictions of x_0 clipped to [-1, 1], or left alone."""
-    other = copy.copy(scheduler)
-    other.register_to_config(clip_sample=clip, clip_sample_range=1.0, thresholding=False)
-    return other
 
 
 def _vlb(scheduler: DDPMScheduler, output: Tensor, x0: Tensor, xt: Tensor, timestep: Tensor) -> Tensor:

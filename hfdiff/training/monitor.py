@@ -12,13 +12,14 @@ from diffusers import ModelMixin, UNet2DModel
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from ..data.files import PARTIAL, replace
+from ..data.labelled import LabelledImages
 from ..evaluation import bits_per_dim, frechet_distance, spread_timesteps
 from ..evaluation.statistics import FeatureStatistics, RunningStatistics, load_statistics, save_statistics
 from ..models.noisy_classifier import NoisyClassifier
 from ..schedulers.scheduling_ddpm import DDPMScheduler
-from .checkpoints import PARTIAL, replace
+from .batches import make_generator
 from .config import TrainingSettings
-from .data import LabelledImages, make_generator
 from .loop import Monitor
 from .samples import save_grid
 

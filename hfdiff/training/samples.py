@@ -8,7 +8,7 @@ from diffusers import ModelMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..images import image_grid, to_bytes, to_pil
+from ..data.pictures import image_grid, to_bytes, to_pil
 from ..pipelines.pipeline_ncsn import NCSNPipeline
 from ..schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..schedulers.scheduling_ddpm import DDPMScheduler

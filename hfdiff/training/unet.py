@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from diffusers import UNet2DModel
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
+from ..data.labelled import LabelledImages
 from .config import TrainingSettings
-from .data import LabelledImages
 
 
 @dataclass(kw_only=True)

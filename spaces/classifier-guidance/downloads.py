@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hfdiff.images import image_grid, to_pil
+from hfdiff.data.pictures import image_grid, to_pil
 
 SHOWN = 96  # pixels, the least side of an image in a picture
 

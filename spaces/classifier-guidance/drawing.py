@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hfdiff import AnnealedLangevinScheduler
-from hfdiff.images import to_bytes
+from hfdiff.data.pictures import to_bytes
 from hfdiff.pipelines.outputs import draws_from_zero
 
 MOST_FRAMES = 24

@@ -11,7 +11,7 @@ import gradio as gr
 import numpy as np
 from drawing import Frame
 
-from hfdiff.images import image_grid, to_pil
+from hfdiff.data.pictures import image_grid, to_pil
 
 HERE = Path(__file__).resolve().parent
 COLORS = (  # of curves and of the names of their images

@@ -1,0 +1,67 @@
+"""Labelled images, and training batches drawn from them as a function of their number.
+
+Images are (N, C, H, W) in [-1, 1]. Nothing here keeps a random state: whatever is drawn comes from a generator seeded
+by the run's seed, the purpose and a number, so a resumed run draws what an uninterrupted one would have drawn.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .images import ImageSet, StoredPictures, gather, to_pixels
+from .sources import DIGITS, check_column, load_digits, open_dataset, read_labels
+
+
+class LabelledImages(NamedTuple):
+    """A dataset.
+
+    Args:
+        images: float32 in [-1, 1], (N, C, H, W), in memory or decoded as they are indexed; C is 1 where every image is
+            grey, else 3.
+        labels: int64, (N,); None where no column of labels was asked for.
+        label_names: one per class.
+    """
+
+    images: ImageSet | Tensor
+    labels: Tensor | None
+    label_names: list[str]
+
+
+def load_images(
+    source: str,
+    split: str = "train",
+    *,
+    image_column: str = "image",
+    label_column: str | None = None,
+    resolution: int | None = None,
+    streaming: bool | None = None,
+    config_name: str | None = None,
+) -> LabelledImages:
+    """Opens a dataset and makes sure that each of its images can be read.
+
+    Args:
+        source: "digits" (scikit-learn's), a local parquet or arrow file, a folder of them or of images in a folder per
+            class, or a Hub id.
+        split: "train" or "test"; a file is taken whole as either.
+        image_column: the column of images.
+        label_column: the column of labels, if they are wanted.
+        resolution: the shorter side to resize to, of which a square is then cropped; None keeps the images' own.
+        streaming: decode images as they are indexed, instead of once into memory; None does so above 2 GiB.
+        config_name: which configuration, where a folder or Hub dataset has several.
+
+    Raises:
+        ValueError: for a dataset or column that is not there, an image that cannot be read, images of several sizes, or
+            labels that are not classes.
+    """
+    if source == DIGITS:
+        pictures, labels, names = load_digits(split)
+        digits = gather(lambda rows: [to_pixels(pictures[row], resolution) for row in rows], len(pictures), resolution)
+        return LabelledImages(digits, labels, names)
+    dataset = open_dataset(source, split, config_name)
+    check_column(dataset, "image_column", image_column, source)
+    classes: tuple[Tensor | None, list[str]] = (None, [])
+    if label_column is not None:
+        check_column(dataset, "label_column", label_column, source)
+        classes = read_labels(dataset, label_column)
+    read = StoredPictures(dataset, image_column, source, resolution)
+    return LabelledImages(gather(read, len(dataset), resolution, streaming=streaming), *classes)

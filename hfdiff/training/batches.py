@@ -1,0 +1,141 @@
+"""Training batches as a function of their number, and the images that they are drawn from."""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.labelled import LabelledImages, load_images
+from ..data.sources import DIGITS
+from .augmentation import Augmentation
+from .config import TrainingSettings
+from .timesteps import LossSecondMomentSampler
+
+
+def load_training_data(
+    settings: TrainingSettings, label_column: str | None = None
+) -> tuple[LabelledImages, LabelledImages | None]:
+    """The images to train on, and those to measure with, if any: the digits' own test part, or `validation_data`'s.
+
+    Args:
+        settings: of the run.
+        label_column: the column of labels, if they are wanted.
+
+    Raises:
+        ValueError: as [`load_images`]; when the two have other channels, sizes or classes; or are the same file.
+    """
+    load = partial(
+        load_images,
+        image_column=settings.image_column,
+        label_column=label_column,
+        resolution=settings.resolution,
+        streaming=settings.streaming,
+        config_name=settings.dataset_config_name,
+    )
+    data = load(settings.dataset)
+    source = settings.validation_data or (DIGITS if settings.dataset == DIGITS else None)
+    if source is None:
+        return data, None
+    if source == settings.dataset and Path(source).is_file():
+        raise ValueError(f"`validation_data` must be other images than those of the training, got {source!r} for both.")
+    validation = load(source, "test")
+    shapes = [tuple(d.images.shape[1:]) for d in (data, validation)]
+    if shapes[0] != shapes[1] or data.label_names[: len(validation.label_names)] != validation.label_names:
+        raise ValueError(
+            f"`validation_data` must have the dataset's shape (C, H, W), {shapes[0]}, and classes, {data.label_names}, "
+            f"got {shapes[1]} and {validation.label_names}; use its own test images."
+        )
+    return data, validation._replace(label_names=data.label_names)
+
+
+class Batch(NamedTuple):
+    """One training batch.
+
+    Args:
+        x0: clean images in [-1, 1], (B, C, H, W).
+        timestep: t in [0, T), int64, (B,).
+        noise: ε, unit normal, (B, C, H, W).
+        labels: classes, int64, (B,), or None.
+        weight: importance weights of the losses, (B,), or None where t is uniform.
+    """
+
+    x0: Tensor
+    timestep: Tensor
+    noise: Tensor
+    labels: Tensor | None
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BatchStream:
+    """Training batches as a function of their number: `stream(n)` is the n-th batch, whenever it is asked for.
+
+    Each epoch visits the images once in an order of its own; the last images that fill no batch are left out of it.
+
+    Args:
+        data: what to draw from.
+        batch_size: B.
+        num_train_timesteps: T.
+        seed: of every draw.
+        augmentation: what is done to the images.
+        time_sampler: what to draw t by, instead of uniformly; a batch is then a function of its state, too.
+
+    Raises:
+        ValueError: when there are fewer images than a batch holds.
+    """
+
+    data: LabelledImages
+    batch_size: int
+    num_train_timesteps: int
+    seed: int
+    augmentation: Augmentation = Augmentation()  # noqa: RUF009 (it is frozen)
+    time_sampler: LossSecondMomentSampler | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size > len(self.data.images):
+            raise ValueError(
+                f"`train_batch_size` times the processes must be at most the {len(self.data.images)} images of the "
+                f"dataset, got {self.batch_size}; lower it."
+            )
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.data.images) // self.batch_size
+
+    def __call__(self, number: int) -> Batch:
+        """The batch of a number, from 0."""
+        index = self._indices(number)
+        generator = make_generator(self.seed, "batch", number)
+        x0 = self.augmentation(self.data.images, index, generator)
+        weight = None
+        if self.time_sampler:
+            timestep, weight = self.time_sampler.draw(len(x0), generator)
+        else:
+            timestep = torch.randint(self.num_train_timesteps, (len(x0),), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        labels = None if self.data.labels is None else self.data.labels[index]
+        return Batch(x0, timestep, noise, labels, weight)
+
+    def _indices(self, number: int) -> Tensor:
+        epoch, position = divmod(number, len(self))
+        return _order(len(self.data.images), self.seed, epoch)[position * self.batch_size :][: self.batch_size]
+
+
+@lru_cache(maxsize=1)
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch, (count,)."""
+    return torch.randperm(count, generator=make_generator(seed, "order", epoch))
+
+
+def derive_seed(seed: int, purpose: str, number: int) -> int:
+    """A seed of 32 bits, all that torch's CPU generator reads, for one of many draws of a run."""
+    return int(np.random.SeedSequence([seed, *purpose.encode(), number]).generate_state(1)[0])
+
+
+def make_generator(seed: int, purpose: str, number: int) -> torch.Generator:
+    """A CPU generator for one draw of a run: draws of another purpose or number are independent of it."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, number))

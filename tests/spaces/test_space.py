@@ -1,0 +1,206 @@
+"""The Space as programs use it: the same images as its code, refusals in a sentence, nothing but what it offers."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from space_server import ROOT, SPACE, serve, serve_from_hub
+
+from hfdiff.hub.space import export_space
+
+gradio_client = pytest.importorskip("gradio_client")
+pytest.importorskip("gradio")
+
+GUIDED = {"labels": ["3", "1"], "guidance_scale": 6.0, "steps": 4, "scheduler": "DDPM", "seed": 5}
+SWEEP = {"label": "8", "guidance_scales": ["0", "4", "16"], "steps": 4, "scheduler": "DDIM", "seed": 2}
+LANGEVIN = {"count": 2, "steps": 8, "sampling": "consistent", "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("space")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address, tmp_path_factory):
+    return gradio_client.Client(address, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+
+
+def images_of(client, endpoint, **inputs):
+    _, archive, report = client.predict(**inputs, api_name=endpoint)
+    return np.load(archive)["arr_0"], report
+
+
+def answer(request):
+    """Status and text of what comes back."""
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, response.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "inputs"),
+    [
+        ("/guided", GUIDED),
+        ("/guided", {**GUIDED, "scheduler": "Euler ancestral", "guided_from": 0.25, "guided_to": 0.75}),
+        ("/guided", {**GUIDED, "scheduler": "UniPC"}),
+        ("/guided", {**GUIDED, "scheduler": "Annealed Langevin", "steps": 12}),
+        ("/sweep", SWEEP),
+        ("/langevin", LANGEVIN),
+        ("/langevin", {**LANGEVIN, "sampling": "predictor_corrector"}),
+    ],
+)
+def test_the_code_that_it_shows_draws_the_same_pixels(client, tmp_path, endpoint, inputs):
+    images, report = images_of(client, endpoint, **inputs)
+    save = "\nimport numpy as np\nnp.save('images.npy', np.stack([np.asarray(image) for image in images]))\n"
+    code = report["code"].replace(report["model"], str(ROOT / report["model"]))
+    subprocess.run([sys.executable, "-c", code + save], cwd=tmp_path, check=True, capture_output=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), images[..., 0])
+
+
+def test_guidance_raises_the_probability_of_the_class(client):
+    labels = list("0123456789")
+    _, report = images_of(client, "/guided", labels=labels, steps=20, guidance_scale=8, seed=1)
+    guided, unguided = np.array(report["probabilities"]).reshape(2, 10)
+    assert guided.mean() > 0.9
+    assert unguided.mean() < 0.5
+    _, report = images_of(client, "/sweep", label="8", steps=20, seed=3)
+    assert report["probabilities"][-1] > report["probabilities"][0]
+
+
+def test_everybody_gets_the_images_of_their_seed(client, address):
+    def draw(seed):
+        mine = gradio_client.Client(address, verbose=False)
+        return images_of(mine, "/guided", **{**GUIDED, "seed": seed})[0]
+
+    seeds = [1, 2, 3, 4, 1, 2]
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        drawn = list(pool.map(draw, seeds))
+    alone = {seed: images_of(client, "/guided", **{**GUIDED, "seed": seed})[0] for seed in set(seeds)}
+    for seed, images in zip(seeds, drawn):
+        np.testing.assert_array_equal(images, alone[seed])
+    assert not np.array_equal(alone[1], alone[2])
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "inputs", "message"),
+    [
+        ("/guided", {"labels": []}, "Classes must be 1 to 10"),
+        ("/guided", {"labels": ["cat"]}, "cat"),
+        ("/guided", {"labels": None}, "Classes"),
+        ("/guided", {"guidance_scale": "much"}, "Guidance scale must be a number from 0 to 100, got 'much'"),
+        ("/guided", {"guidance_scale": 100.5}, "100"),
+        ("/guided", {"guidance_scale": -1}, "0"),
+        ("/guided", {"guidance_scale": None}, "Guidance scale"),
+        ("/guided", {"guidance_scale": True}, "Guidance scale"),
+        ("/guided", {"steps": 0}, "1"),
+        ("/guided", {"steps": 2.5}, "Steps must be a whole number"),
+        ("/guided", {"steps": 10**9}, "100"),
+        ("/guided", {"scheduler": "__class__"}, "__class__"),
+        ("/guided", {"scheduler": "Annealed Langevin", "steps": 3}, "at least 11"),
+        ("/guided", {"seed": -1}, "0"),
+        ("/guided", {"seed": 2**40}, "4294967285"),
+        ("/guided", {"guided_from": 0.8, "guided_to": 0.2}, "must not be after"),
+        ("/sweep", {"label": "10"}, "10"),
+        ("/sweep", {"guidance_scales": []}, "Guidance scales must be 1 to 10"),
+        ("/langevin", {"count": 11}, "10"),
+        ("/langevin", {"sampling": "fast"}, "fast"),
+        ("/langevin", {"steps": 251}, "250"),
+    ],
+)
+def test_wrong_inputs_are_refused_in_a_sentence(client, endpoint, inputs, message):
+    with pytest.raises(gradio_client.exceptions.AppError) as refusal:
+        client.predict(**inputs, api_name=endpoint)
+    assert message in str(refusal.value)
+    assert "Traceback" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("data", [[], [{}], "text", {"a": 1}, [None] * 7, [[["3"]], {}, [], "x", 1e999, "", 0], None])
+def test_malformed_requests_leave_it_alive(client, address, data):
+    body = json.dumps({"data": data, "fn_index": 0, "session_hash": "x"}).encode()
+    for path in ("gradio_api/call/guided", "gradio_api/queue/join", "gradio_api/run/guided"):
+        request = urllib.request.Request(address + path, body, {"Content-Type": "application/json"})
+        assert "Traceback" not in answer(request)[1]
+    images, _ = images_of(client, "/guided", **GUIDED)
+    assert images.shape == (4, 28, 28, 1)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "gradio_api/file=/etc/passwd",
+        f"gradio_api/file={SPACE / 'app.py'}",
+        "gradio_api/file=app.py",
+        "gradio_api/file=../../README.md",
+        "monitoring",
+        "gradio_api/monitoring",
+        "gradio_api/mcp/",
+        "docs",
+        "openapi.json",
+    ],
+)
+def test_there_is_nothing_but_the_page(address, path):
+    status, _ = answer(urllib.request.Request(address + path))
+    assert status in (403, 404, 405)
+
+
+def test_the_queue_cannot_be_skipped_and_uploads_are_small(address):
+    body = json.dumps({"data": [["3"], 8, 4, "DDPM", 0, 0, 1]}).encode()
+    request = urllib.request.Request(address + "gradio_api/run/guided", body, {"Content-Type": "application/json"})
+    assert answer(request)[0] in (401, 404)
+    content = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n' + b"x" * 65536
+    upload = urllib.request.Request(
+        address + "gradio_api/upload",
+        content + b"\r\n--b--\r\n",
+        {"Content-Type": "multipart/form-data; boundary=b"},
+    )
+    assert answer(upload)[0] == 413
+
+
+def test_a_model_that_does_not_open_is_told_and_replaced(tmp_path):
+    with serve(tmp_path, HFDIFF_MODEL="nobody/nothing") as address:
+        client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path))
+        notes = [str(part["props"].get("value")) for part in client.config["components"]]
+        assert any("`nobody/nothing` did not open" in note for note in notes)
+        assert images_of(client, "/guided", **GUIDED)[1]["model"] == "pipelines/mnist-classifier-guided"
+
+
+def test_pipelines_come_from_the_hub(tmp_path):
+    """The default id where none is named, and one that is; the code names what was opened."""
+    with serve_from_hub(tmp_path, ncsn="user/ncsn") as address:
+        client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path))
+        assert not any("did not open" in str(part["props"].get("value")) for part in client.config["components"])
+        images, report = images_of(client, "/guided", **GUIDED)
+        assert images.shape == (4, 28, 28, 1)
+        assert "from_pretrained('hfdiff/mnist-classifier-guided')" in report["code"]
+        assert images_of(client, "/langevin", **LANGEVIN)[1]["model"] == "user/ncsn"
+
+
+def test_what_is_deployed_needs_nothing_of_this_checkout(tmp_path):
+    """In the folder as it is sent, hfdiff is its own and only what `requirements.txt` names is imported."""
+    space = export_space(SPACE, tmp_path / "space")
+    program = """
+import sys
+for name in ("datasets", "torchmetrics", "matplotlib", "sklearn", "scipy", "jsonargparse", "spaces"):
+    sys.modules[name] = None
+import app, hfdiff, opening
+print(hfdiff.__file__)
+guided, ncsn = opening.open_pipelines()
+print(guided.name, ncsn.name)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=space, env=environment, capture_output=True, text=True, check=True
+    )
+    package, names = done.stdout.splitlines()
+    assert package.startswith(str(space))
+    assert names == "pipelines/mnist-classifier-guided pipelines/mnist-ncsn"

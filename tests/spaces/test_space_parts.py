@@ -1,0 +1,257 @@
+"""The Space's own code: checks, films, the thread that draws, and its deployment."""
+
+import base64
+import importlib
+import io
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from loopback_hub import LoopbackHub
+from PIL import Image
+from space_server import ROOT, SPACE
+
+from hfdiff.hub.space import export_space
+
+pytest.importorskip("gradio")
+
+
+@pytest.fixture(scope="module")
+def part():
+    """Imports a module of the Space by name."""
+    sys.path.insert(0, str(SPACE))
+    yield importlib.import_module
+    sys.path.remove(str(SPACE))
+
+
+@pytest.mark.parametrize("value", [0, 3, 10, 2.5, np.float32(1)])
+def test_numbers_of_the_range_are_taken(part, value):
+    assert part("checks").number("It", value, 0, 10) == float(value)
+
+
+@pytest.mark.parametrize("value", [-1e-9, 10.5, math.nan, math.inf, "3", None, True, [1], {}, 1j, object()])
+def test_other_numbers_are_refused_by_name(part, value):
+    with pytest.raises(ValueError, match="It must be a number from 0 to 10, got "):
+        part("checks").number("It", value, 0, 10)
+
+
+@pytest.mark.parametrize("value", [0, 11, 2.5, math.nan, -math.inf, "3", None, False, pytest.param(10**400, id="huge")])
+def test_other_whole_numbers_are_refused(part, value):
+    with pytest.raises(ValueError, match="It must be a whole number from 1 to 10"):
+        part("checks").whole("It", value, 1, 10)
+
+
+def test_choices_come_once_and_in_order(part):
+    checks = part("checks")
+    assert checks.choices("It", ["b", "a", "b"], "abc") == ("a", "b")
+    assert checks.scales("It", ["8", 0, 8.0, "1e1"]) == (0.0, 8.0, 10.0)
+    for wrong in ([], ["d"], "ab", None, [["a"]], [1], ["a"] * 11, {"a": 1}):
+        with pytest.raises(ValueError, match="It must be"):
+            checks.choices("It", wrong, "abc")
+    for wrong in ([], ["x"], ["nan"], [None], [101], "8"):
+        with pytest.raises(ValueError, match="It must be"):
+            checks.scales("It", wrong)
+
+
+def test_messages_stay_short(part):
+    with pytest.raises(ValueError, match=r"got 'aaa.*\.\.\.") as refusal:
+        part("checks").choice("It", "a" * 10_000, "abc")
+    assert len(str(refusal.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("steps", "numel", "expected"), [(1, 100, 1), (5, 100, 5), (100, 100, 24), (100, 2**15, 8), (100, 2**20, 4)]
+)
+def test_a_film_has_its_ends_and_is_bounded(part, steps, numel, expected):
+    shown = part("drawing").frame_steps(steps, numel)
+    assert len(shown) == expected
+    assert {0, steps - 1} <= shown
+
+
+def test_a_drawing_nobody_waits_for_ends_at_its_next_report(part):
+    drawing, reported, ended = part("drawing"), [], threading.Event()
+
+    def work(report):
+        try:
+            for i in range(10_000):
+                report(i)
+                reported.append(i)
+                time.sleep(0.001)
+        finally:
+            ended.set()
+
+    stream = drawing.stream(work)
+    assert [next(stream), next(stream)] == [0, 1]
+    stream.close()
+    assert ended.wait(5)
+    assert len(reported) < 5_000
+
+
+def test_an_error_while_drawing_reaches_who_waits(part):
+    def work(report):
+        report(1)
+        raise ValueError("no")
+
+    stream = part("drawing").stream(work)
+    assert next(stream) == 1
+    with pytest.raises(ValueError, match="no"):
+        next(stream)
+
+
+def test_a_film_shows_the_pixels_of_its_frames(part):
+    film, drawing = part("film"), part("drawing")
+    xt, x0 = np.random.default_rng(0).integers(0, 256, (2, 4, 8, 8, 1), dtype=np.uint8)
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.004, 0.996]])
+    panels = [
+        film.Panel("first", ("a", "b"), slice(0, 2), (0, 1)),
+        film.Panel("second", ("a", "b"), slice(2, 4), (0, 1)),
+    ]
+    shown = film.Film(panels)
+    shown.add(drawing.Frame(1, 5, "step 1", xt, x0, probabilities, None))
+    first, second = shown.value()["panels"]
+    assert first["frames"][0]["notes"] == ["90%", "80%"]
+    assert second["frames"][0]["notes"] == ["50%", "100%"]
+    for panel, rows in ((first, slice(0, 2)), (second, slice(2, 4))):
+        for name, images in (("xt", xt), ("x0", x0)):
+            strip = base64.b64decode(panel["frames"][0][name].partition(",")[2])
+            expected = np.concatenate(list(images[rows, ..., 0]), axis=1)
+            np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(strip))), expected)
+    json.dumps(shown.value())
+
+
+def test_frames_are_what_the_pipeline_saw(part):
+    """The last frame is the pipeline's own images; x_t and x̂_0 of a step are those of its loop."""
+    opening, drawing, guided = part("opening"), part("drawing"), part("guided")
+    from hfdiff import ClassifierGuidedPipeline
+    from hfdiff.data.pictures import to_bytes
+
+    torch.manual_seed(0)
+    pipe = ClassifierGuidedPipeline.from_pretrained(ROOT / "pipelines" / "mnist-classifier-guided")
+    exhibit = guided.Guided(opening.Opened(pipe, "name", ""))
+    settings = exhibit.check(["2", "7"], 5, 4, "DDPM", 11, 0, 1)
+    frames = list(drawing.film(exhibit.pipeline(settings), **exhibit.arguments(settings)))
+    assert [frame.step for frame in frames] == [1, 2, 3, 4, 5]
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(**exhibit.arguments(settings), output_type="np").images
+    np.testing.assert_array_equal(frames[-1].x0, to_bytes(expected))
+    noise = torch.cat([torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(11 + i)) for i in (0, 1)])
+    seen = to_bytes((noise / 2 + 0.5).permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(frames[0].xt, np.concatenate([seen, seen]))
+    with torch.no_grad():
+        t = pipe.scheduler.timesteps[0]
+        probabilities = pipe.classifier(torch.cat([noise, noise]), t).logits.softmax(-1)
+    np.testing.assert_allclose(frames[0].probabilities, probabilities.numpy(), rtol=1e-4)
+
+
+def test_classes_are_in_order_and_may_have_no_names(part):
+    """Those of a classifier without names are asked for by index, by the call and by its code."""
+    from hfdiff import NoisyClassifier
+
+    def opened(id2label):
+        torch.manual_seed(0)
+        classifier = NoisyClassifier(
+            8, 1, 11, model_channels=8, num_head_channels=8, norm_num_groups=4, id2label=id2label
+        )
+        pipe = SimpleNamespace(classifier=classifier, device=torch.device("cpu"), scheduler=None)
+        return part("opening").Opened(pipe, "name", "")
+
+    names = {str(i): f"class {i}" for i in (10, *range(10))}  # as JSON with sorted keys has them
+    assert opened(names).labels == [f"class {i}" for i in range(11)]
+    guided = part("guided").Guided(opened(None))
+    settings = part("guided").Settings(("10", "2"), 1.0, 2, "own", 0, (0.0, 1.0))
+    assert guided.arguments(settings)["class_labels"] == [10, 2, 10, 2]
+
+
+def test_a_space_that_cannot_be_written_is_not_there(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hfdiff.hub.space.shutil.copytree", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_space(SPACE, tmp_path / "space")
+    assert not list(tmp_path.iterdir())
+    tmp_path.joinpath("taken").mkdir()
+    tmp_path.joinpath("taken", "file").touch()
+    with pytest.raises(ValueError, match="`destination` must be a new or an empty folder"):
+        export_space(SPACE, tmp_path / "taken")
+
+
+def test_a_gpu_is_lent_for_the_time_of_the_steps(part, monkeypatch):
+    zero_gpu, lent = part("zero_gpu"), []
+
+    def gpu(duration):
+        def decorate(function):
+            return lambda settings: lent.append(duration(settings)) or function(settings)
+
+        return decorate
+
+    monkeypatch.setitem(sys.modules, "spaces", SimpleNamespace(GPU=gpu))
+    draw = zero_gpu.on_gpu(lambda settings: "drawn")
+    assert [draw(SimpleNamespace(steps=steps)) for steps in (10, 100, 10_000)] == ["drawn"] * 3
+    assert lent[0] < lent[1] < lent[2] <= 60
+    monkeypatch.setitem(sys.modules, "spaces", SimpleNamespace())  # a folder of that name
+    assert zero_gpu.on_gpu(draw) is draw
+    monkeypatch.setitem(sys.modules, "spaces", None)
+    assert zero_gpu.on_gpu(draw) is draw
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    """A Space pushed twice to a loopback Hub by the command, and a folder that is none."""
+    home = tmp_path_factory.mktemp("home")
+    command = [sys.executable, "-m", "hfdiff", "push-space"]
+    with LoopbackHub() as hub:
+        environment = hub.environment(home, "writes")
+        options = {"env": environment, "capture_output": True, "text": True, "cwd": home}
+        arguments = [str(SPACE), "user/show", "--model", "user/digits", "--private"]
+        first = subprocess.run([*command, *arguments], **options)
+        again = subprocess.run([*command, str(SPACE), "show"], **options)
+        wrong = subprocess.run([*command, str(ROOT / "docs"), "user/other"], **options)
+        stranger = subprocess.run(
+            [*command, str(SPACE), "user/show"], **{**options, "env": hub.environment(home, "reads")}
+        )
+        yield SimpleNamespace(hub=hub, first=first, again=again, wrong=wrong, stranger=stranger)
+
+
+def test_a_pushed_space_has_all_it_needs(deployed):
+    assert deployed.first.returncode == 0, deployed.first.stderr
+    assert deployed.first.stdout.startswith(deployed.hub.url)
+    repository = deployed.hub.repositories["user/show"]
+    files = repository.commits[repository.refs["main"]]
+    assert files["app.py"] == SPACE.joinpath("app.py").read_bytes()
+    weights = "mnist-classifier-guided/unet/diffusion_pytorch_model.safetensors"
+    assert files[f"pipelines/{weights}"] == ROOT.joinpath("pipelines", weights).read_bytes()
+    assert {"hfdiff/__init__.py", "pipelines/mnist-ncsn/model_index.json", "requirements.txt"} <= set(files)
+    assert not [name for name in files if "__pycache__" in name or "mnist-judge" in name]
+    assert (repository.sdk, repository.private) == ("gradio", True)
+    assert repository.variables == {"HFDIFF_MODEL": "user/digits"}
+
+
+def test_a_space_is_pushed_again(deployed):
+    assert deployed.again.returncode == 0, deployed.again.stderr
+    assert len(deployed.hub.repositories["user/show"].commits) == 3  # made, pushed, pushed
+
+
+def test_what_is_no_space_and_who_may_not_write_is_told(deployed):
+    assert deployed.wrong.returncode == 2
+    assert "`folder` must be a Gradio Space" in deployed.wrong.stderr
+    assert "user/other" not in deployed.hub.repositories
+    assert deployed.stranger.returncode == 2
+    assert "may only read" in deployed.stranger.stderr
+    assert "Traceback" not in deployed.wrong.stderr + deployed.stranger.stderr
+
+
+def test_the_front_matter_is_what_runs_here():
+    import gradio
+    from huggingface_hub import metadata_load
+
+    card = metadata_load(SPACE / "README.md")
+    assert card["sdk_version"] == gradio.__version__
+    assert f"gradio=={gradio.__version__}" in ROOT.joinpath("constraints.txt").read_text().splitlines()
