@@ -1,12 +1,17 @@
 """hfdiff: DDPM, NCSN and classifier-guided diffusion for the Hugging Face ecosystem."""
 
-from .models.ncsn import NCSNModel
-from .models.ncsnv2 import NCSNv2Model
-from .models.noisy_classifier import NoisyClassifier
-from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
-from .pipelines.pipeline_ncsn import NCSNPipeline
-from .schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
-from .schedulers.scheduling_ddpm import DDPMScheduler
+from typing import TYPE_CHECKING
+
+from .lazy import announce, lazy_names
+
+if TYPE_CHECKING:
+    from .models.ncsn import NCSNModel
+    from .models.ncsnv2 import NCSNv2Model
+    from .models.noisy_classifier import NoisyClassifier
+    from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+    from .pipelines.pipeline_ncsn import NCSNPipeline
+    from .schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
+    from .schedulers.scheduling_ddpm import DDPMScheduler
 
 __all__ = [
     "AnnealedLangevinScheduler",
@@ -17,3 +22,16 @@ __all__ = [
     "NCSNv2Model",
     "NoisyClassifier",
 ]
+
+_HOMES = {
+    ".models.ncsn": "NCSNModel",
+    ".models.ncsnv2": "NCSNv2Model",
+    ".models.noisy_classifier": "NoisyClassifier",
+    ".pipelines.pipeline_classifier_guided": "ClassifierGuidedPipeline",
+    ".pipelines.pipeline_ncsn": "NCSNPipeline",
+    ".schedulers.scheduling_annealed_langevin": "AnnealedLangevinScheduler",
+    ".schedulers.scheduling_ddpm": "DDPMScheduler",
+}
+lazy_names(__name__, _HOMES)
+for _home in _HOMES:
+    announce(f"{__name__}{_home}")

@@ -4,14 +4,15 @@ import argparse
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import AutoModel
+from .flags import check_path
 
-from ..evaluation import BitsPerDim, bits_per_dim
-from ..evaluation.plots import figure_class
-from ..schedulers.scheduling_ddpm import DDPMScheduler
+if TYPE_CHECKING:
+    import torch
+
+    from ..evaluation.bits_per_dim import BitsPerDim
+    from ..schedulers.scheduling_ddpm import DDPMScheduler
 
 TABLE_ROWS = 10  # that are printed; the CSV file has a row per timestep
 
@@ -27,7 +28,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--split", default="test", help='"train" or "test"; a file is taken whole')
     command.add_argument("--image_column", default="image", help="the dataset's column of images")
     command.add_argument("--label_column", default="label", help="its column of labels, for a class-conditional model")
-    command.add_argument("--num", type=int, help="the first so many images; all by default")
+    command.add_argument("--num_images", "--num", type=int, help="the first so many images; all by default")
     command.add_argument("--respacing", help='the bound of a shorter chain: "250", "10,15,20" or "ddim25"')
     command.add_argument("--batch_size", type=int, default=256, help="images per model call")
     command.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -40,10 +41,16 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: when the model, the images or the chain are not there or do not belong together.
     """
-    for name in ("num", "batch_size"):
+    for name in ("num_images", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"`--{name}` must be at least 1, got {value}.")
-    figure_kind = figure_class()  # may be missing, which is better known before the work
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    check_path("pipeline", args.pipeline)
+    check_path("dataset_name", args.dataset_name)
+
+    import torch
+
+    from ..evaluation.bits_per_dim import bits_per_dim
+
     unet, scheduler = load_model(args.pipeline)
     if args.respacing:
         scheduler.set_timesteps(respacing=args.respacing)
@@ -61,38 +68,39 @@ def run(args: argparse.Namespace) -> None:
     summary = summarize(result, args)
     (args.output / "bits_per_dim.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_terms(result, args.output / "bits_per_dim.csv")
-    plot_terms(result, figure_kind, args.output / "bits_per_dim.png")
+    plot_terms(result, args.output / "bits_per_dim.png")
     print(
         "{bits_per_dim:.4f} ± {standard_error:.4f} bits per dimension of {num_images} images: prior {prior:.4f}, "
         "L_0 {L_0:.4f}, the other terms {other_terms:.4f}".format(**summary)
     )
-    print(f"{format_terms(result)}\nwritten to {args.output}")
+    print(format_terms(result))
+    print(f"{args.output}: bits_per_dim.json, .csv and .png")
 
 
-def load_model(pipeline: str) -> tuple[Any, DDPMScheduler]:
+def load_model(pipeline: str) -> tuple[Any, "DDPMScheduler"]:
     """The UNet of a pipeline, and the chain of its scheduler, whichever of diffusers' schedulers that is.
 
     Raises:
         ValueError: when they are not there.
     """
+    from diffusers import AutoModel
+
+    from ..schedulers.scheduling_ddpm import DDPMScheduler
+
     try:
         unet = AutoModel.from_pretrained(pipeline, subfolder="unet")
         return unet.eval(), DDPMScheduler.from_pretrained(pipeline, subfolder="scheduler")
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"`--pipeline` must be the folder or Hub id of a pipeline with a UNet, got {pipeline!r}: {reason}"
+            f"`pipeline` must be the folder or Hub id of a pipeline with a UNet, got {pipeline!r}: {reason}"
         ) from error
 
 
-def load_data(args: argparse.Namespace, unet: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+def load_data(args: argparse.Namespace, unet: Any) -> "tuple[torch.Tensor, torch.Tensor | None]":
     """The images, in the model's size, and their labels, for a class-conditional model."""
-    try:
-        from ..data.labelled import load_images
-    except ImportError as error:
-        raise ValueError(
-            f"`--dataset_name` needs the training's packages, got {error}; `pip install 'hfdiff[train]'`."
-        ) from error
+    from ..data.labelled import load_images
+
     config = unet.config
     size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
     data = load_images(
@@ -104,14 +112,14 @@ def load_data(args: argparse.Namespace, unet: Any) -> tuple[torch.Tensor, torch.
     )
     if data.images.shape[1] != config.in_channels:
         raise ValueError(
-            f"`--dataset_name` must have images of the model's {config.in_channels} channels, got "
+            f"`dataset_name` must have images of the model's {config.in_channels} channels, got "
             f"{data.images.shape[1]}; name the model's own data."
         )
     labels = data.labels if config.get("num_class_embeds") else None
-    return data.images[: args.num], None if labels is None else labels[: args.num]
+    return data.images[: args.num_images], None if labels is None else labels[: args.num_images]
 
 
-def summarize(result: BitsPerDim, args: argparse.Namespace) -> dict[str, Any]:
+def summarize(result: "BitsPerDim", args: argparse.Namespace) -> dict[str, Any]:
     """The numbers that are reported, in bits per dimension, and where they come from."""
     count = len(result.per_image)
     return {
@@ -126,8 +134,10 @@ def summarize(result: BitsPerDim, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def format_terms(result: BitsPerDim) -> str:
+def format_terms(result: "BitsPerDim") -> str:
     """The terms, summed over about ten equal parts of the chain, with the mean squared errors there."""
+    import torch
+
     lines = [f"{'timesteps':>12} {'bits/dim':>9} {'MSE of ε':>9} {'MSE of x_0':>11}"]
     for rows in torch.arange(len(result.vb)).tensor_split(min(TABLE_ROWS, len(result.vb))):
         span = f"{result.timesteps[rows[0]]} to {result.timesteps[rows[-1]]}"
@@ -136,7 +146,7 @@ def format_terms(result: BitsPerDim) -> str:
     return "\n".join(lines)
 
 
-def write_terms(result: BitsPerDim, path: Path) -> None:
+def write_terms(result: "BitsPerDim", path: Path) -> None:
     """A row per timestep, ascending."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -144,9 +154,11 @@ def write_terms(result: BitsPerDim, path: Path) -> None:
         writer.writerows(zip(*(column.tolist() for column in (result.timesteps, result.vb, result.mse, result.x0_mse))))
 
 
-def plot_terms(result: BitsPerDim, figure_kind: Any, path: Path) -> None:
+def plot_terms(result: "BitsPerDim", path: Path) -> None:
     """The terms and the errors of ε and x_0 over the timestep (as in Nichol & Dhariwal 2021, figure 2)."""
-    figure = figure_kind(figsize=(9, 3.5), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
     terms, errors = figure.subplots(1, 2)
     terms.plot(result.timesteps, result.vb, marker="." if len(result.vb) < 50 else None)
     terms.set(ylabel="term of the bound (bits/dim)", yscale="log", xscale="symlog", xlim=(0, None))

@@ -6,28 +6,31 @@ Of images that are there, or of a pipeline's, drawn on the spot; under `accelera
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..data.image_source import open_images
 from ..data.process import is_first_process
-from ..evaluation.evaluate import Evaluator
-from ..evaluation.feature_set import Reference, compute_statistics, open_reference
-from ..evaluation.features import FeatureExtractor, load_features
-from ..evaluation.metric_set import METRICS, EvaluationSettings
-from ..evaluation.report import Report, check_report_path
-from ..evaluation.statistics import save_statistics
-from ..sampling.opening import INDEX, open_pipeline
-from ..sampling.sample_files import default_folder, draw_samples, join_processes, only_main
-from ..sampling.sampler import Sampler
-from .evaluation_flags import (
+from ..evaluation.settings import EvaluationSettings, check_metrics
+from ..sampling.settings import SamplingSettings
+from .flags import (
+    IMAGES,
+    SAMPLING_FLAGS,
+    add_drawing_flags,
     add_measuring_flags,
-    add_sampling_flags,
+    add_set_flags,
+    check_path,
     evaluation_settings,
-    refuse_sampling_flags,
+    given_flags,
     sampling_settings,
 )
 
-IMAGES = "a folder of images, an npz file with arr_0, a parquet file, a dataset's folder or Hub id"
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import Evaluator
+    from ..evaluation.feature_set import Reference
+    from ..evaluation.features import FeatureExtractor
+    from ..evaluation.report import Report
+
+INDEX = "model_index.json"  # of a pipeline's folder
+SUFFIXES = (".json", ".md")  # of a report
 
 
 def add_parser(commands: Any) -> None:
@@ -40,17 +43,12 @@ def add_parser(commands: Any) -> None:
         "--samples", help=f"the images to measure: {IMAGES}; or a pipeline's, with --num_images, to draw them"
     )
     command.add_argument("--reference", help=f"the real images: {IMAGES}; or an npz file of statistics (mu, sigma)")
-    add_measuring_flags(command)
-    command.add_argument("--metrics", default="fid,fid_infinity", help=f"some of {','.join(METRICS)}")
+    add_measuring_flags(command, metrics="fid,fid_infinity")
     command.add_argument("--output", type=Path, help="report.json or report.md")
     command.add_argument("--save_statistics", type=Path, help="keep the reference's statistics in this npz file")
     drawing = command.add_argument_group("to draw images from a pipeline")
-    add_sampling_flags(drawing)
-    drawing.add_argument("--guidance_scale", type=float, help="the pipeline's own by default, 0 is off")
-    drawing.add_argument("--num_inference_steps", type=int, help="model calls per image; the pipeline's own by default")
-    drawing.add_argument(
-        "--scheduler", help="a scheduler of diffusers, like DDIM, or AnnealedLangevin; the pipeline's own by default"
-    )
+    add_set_flags(drawing)
+    add_drawing_flags(drawing)
     drawing.add_argument("--samples_dir", type=Path, help="where the images go; a folder of out/samples by default")
 
 
@@ -58,19 +56,45 @@ def run(args: argparse.Namespace) -> None:
     """Computes the metrics, prints them as a table, and writes the report.
 
     Raises:
-        ValueError: for arguments that do not fit, images, statistics or a network that cannot be read.
+        ValueError: for arguments that do not fit, before anything is imported; images, statistics or a network that
+            cannot be read.
     """
-    settings = evaluation_settings(args)
-    _check_arguments(args)
-    if _draws(args):
-        _evaluate_pipeline(args, settings)
-        return
-    refuse_sampling_flags(args)
-    if is_first_process():  # files are measured by one
+    settings, sampling = _check_arguments(args)
+    if sampling is not None:
+        _evaluate_pipeline(args, settings, sampling)
+    elif is_first_process():  # files are measured by one
+        from ..data.image_source import open_images
+
         samples = open_images(args.samples, args.split) if args.samples else None
         evaluator = _open_evaluator(args, settings)
         if samples is not None:
             _tell(evaluator(samples), args.output)
+
+
+def _check_arguments(args: argparse.Namespace) -> tuple[EvaluationSettings, SamplingSettings | None]:
+    """How to measure, and what to draw, where the samples are to be drawn."""
+    settings = evaluation_settings(args)
+    sampling = sampling_settings(args) if _draws(args) else None
+    if sampling is not None and sampling.num_images < 2:
+        raise ValueError(f"`num_images` must be at least 2, which a covariance needs, got {sampling.num_images}.")
+    if args.samples is None and args.save_statistics is None:
+        raise ValueError("`samples` must name the images to measure, got none.")
+    for name in ("samples", "reference"):
+        check_path(name, getattr(args, name))
+    check_path("features", args.features.partition(":")[2] or None)
+    if args.samples is not None:
+        check_metrics(args.metrics.split(","), has_reference=args.reference is not None)
+    if args.output is not None and args.output.suffix not in SUFFIXES:
+        raise ValueError(f"`output` of a report must end in .json or .md, got {args.output.name!r}.")
+    if args.save_statistics is not None and (args.reference is None or args.save_statistics.suffix != ".npz"):
+        raise ValueError(
+            f"`save_statistics` must be an npz file and needs the images of `reference`, got "
+            f"{str(args.save_statistics)!r} and {args.reference!r}."
+        )
+    if sampling is None:
+        for name, value in given_flags(args, (*SAMPLING_FLAGS, "samples_dir")).items():
+            raise ValueError(f"`{name}` is for samples drawn from a pipeline, got {value} for {args.samples!r}.")
+    return settings, sampling
 
 
 def _draws(args: argparse.Namespace) -> bool:
@@ -80,8 +104,12 @@ def _draws(args: argparse.Namespace) -> bool:
     return args.num_images is not None
 
 
-def _evaluate_pipeline(args: argparse.Namespace, settings: EvaluationSettings) -> None:
-    sampling = sampling_settings(args)
+def _evaluate_pipeline(args: argparse.Namespace, settings: EvaluationSettings, sampling: SamplingSettings) -> None:
+    from ..data.image_source import open_images
+    from ..sampling.opening import open_pipeline
+    from ..sampling.sample_files import default_folder, draw_samples, join_processes, only_main
+    from ..sampling.sampler import Sampler
+
     accelerator = join_processes()
     evaluator = only_main(accelerator, lambda: _open_evaluator(args, settings))
     sampler = Sampler(open_pipeline(args.samples, accelerator.device), sampling)
@@ -92,8 +120,12 @@ def _evaluate_pipeline(args: argparse.Namespace, settings: EvaluationSettings) -
         _tell(evaluator(open_images(samples)), args.output)
 
 
-def _open_evaluator(args: argparse.Namespace, settings: EvaluationSettings) -> Evaluator:
+def _open_evaluator(args: argparse.Namespace, settings: EvaluationSettings) -> "Evaluator":
     """Everything but the samples, so that what does not fit is found before any are drawn."""
+    from ..evaluation.evaluate import Evaluator
+    from ..evaluation.feature_set import Reference, open_reference
+    from ..evaluation.networks import load_features
+
     reference = open_reference(args.reference, args.split) if args.reference else Reference()
     extractor = load_features(args.features, weights=args.weights)
     if args.save_statistics:
@@ -101,32 +133,23 @@ def _open_evaluator(args: argparse.Namespace, settings: EvaluationSettings) -> E
     return Evaluator(reference, extractor, args.metrics.split(","), settings)
 
 
-def _tell(report: Report, output: Path | None) -> None:
+def _tell(report: "Report", output: Path | None) -> None:
     if output is not None:
         report.write(output)
     print(report.to_table())
     for text in report.warnings:
         print(f"warning: {text}", file=sys.stderr)
+    if output is not None:
+        print(f"{output}: the report")
 
 
-def _check_arguments(args: argparse.Namespace) -> None:
-    if args.samples is None and args.save_statistics is None:
-        raise ValueError("`--samples` must name the images to measure, got none.")
-    if args.output is not None:
-        check_report_path(args.output)
-    if args.save_statistics is not None and (args.reference is None or args.save_statistics.suffix != ".npz"):
-        raise ValueError(
-            f"`--save_statistics` must be an npz file and needs the images of `--reference`, got "
-            f"{str(args.save_statistics)!r} and {args.reference!r}."
-        )
+def _save(reference: "Reference", extractor: "FeatureExtractor", path: Path, batch_size: int) -> "Reference":
+    from ..evaluation.feature_set import compute_statistics
+    from ..evaluation.statistics import save_statistics
 
-
-def _save(reference: Reference, extractor: FeatureExtractor, path: Path, batch_size: int) -> Reference:
     if reference.images is None or reference.statistics is not None:
-        raise ValueError(
-            "`--save_statistics` needs a `--reference` of images, got statistics, which are there already."
-        )
+        raise ValueError("`save_statistics` needs a `reference` of images, got statistics, which are there already.")
     found = compute_statistics(reference.images, extractor, batch_size)
     save_statistics(path, found.pooled, found.spatial, found.features)
-    print(f"statistics of {found.pooled.num_images} images: {path}")
+    print(f"{path}: statistics of {found.pooled.num_images} images")
     return reference._replace(statistics=found)

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..hub.folder import export
-from ..hub.repository import push
+from .flags import check_path
 
 
 def add_parser(commands: Any) -> None:
@@ -29,9 +28,15 @@ def run(args: argparse.Namespace) -> None:
         ValueError: for a folder that cannot be published.
         OSError: when the Hub does not take it.
     """
+    check_path("folder", str(args.folder))
+
+    from ..hub.folder import export
+    from ..hub.repository import push
+
     options = {"license": args.license, "picture": args.picture}
     if args.output is not None:
-        print(export(args.folder, args.output, repo_id=args.repo_id, **options))
+        export(args.folder, args.output, repo_id=args.repo_id, **options)
+        print(f"{args.output}: what would be sent to {args.repo_id}; without `--output` it is sent")
         return
     address = push(
         args.folder,
@@ -41,4 +46,4 @@ def run(args: argparse.Namespace) -> None:
         create_pr=args.create_pr,
         **options,
     )
-    print(address)
+    print(f"{address}: {args.folder} is published")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..hub.space import export_space, push_space
+from .flags import check_path
 
 
 def add_parser(commands: Any) -> None:
@@ -26,8 +26,13 @@ def run(args: argparse.Namespace) -> None:
         ValueError: for a folder that is no Space.
         OSError: when the Hub does not take it.
     """
+    check_path("folder", str(args.folder))
+
+    from ..hub.space import export_space, push_space
+
     if args.output is not None:
-        print(export_space(args.folder, args.output))
+        export_space(args.folder, args.output)
+        print(f"{args.output}: what would be sent to {args.repo_id}; without `--output` it is sent")
         return
     options = {"model": args.model, "private": args.private, "commit_message": args.message}
-    print(push_space(args.folder, args.repo_id, **options))
+    print(f"{push_space(args.folder, args.repo_id, **options)}: the Space is deployed")

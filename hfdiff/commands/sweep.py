@@ -5,20 +5,22 @@ import io
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..data.files import place_file
-from ..evaluation.evaluate import Evaluator
-from ..evaluation.feature_set import open_reference
-from ..evaluation.features import load_features
-from ..evaluation.metric_set import METRICS, EvaluationSettings
-from ..evaluation.plots import figure_class
-from ..evaluation.report import Report
-from ..evaluation.sweep import SweepTable, sweep, sweep_points
-from ..sampling.opening import open_pipeline
-from ..sampling.sample_files import join_processes, only_main
-from .evaluate import IMAGES
-from .evaluation_flags import add_measuring_flags, add_sampling_flags, evaluation_settings, sampling_settings
+from ..evaluation.settings import EvaluationSettings, check_metrics
+from .flags import (
+    IMAGES,
+    add_measuring_flags,
+    add_set_flags,
+    check_path,
+    evaluation_settings,
+    sampling_settings,
+)
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import Evaluator
+    from ..evaluation.report import Report
+    from ..evaluation.sweep import SweepTable
 
 DEFAULT_METRICS = "fid,is,precision,recall,accuracy,worst_class_accuracy"
 COLUMNS = 3  # panels side by side
@@ -30,17 +32,21 @@ def add_parser(commands: Any) -> None:
     command = commands.add_parser("sweep", help="measure a guided pipeline over guidance scales, schedulers and steps")
     command.set_defaults(run=run)
     command.add_argument("--pipeline", required=True, help="folder or Hub id of the pipeline")
-    command.add_argument("--guidance_scales", type=float, nargs="+", required=True, help="0 is off")
-    command.add_argument("--num_inference_steps", type=int, nargs="+", help="the pipeline's own number by default")
+    command.add_argument(
+        "--guidance_scales", "--scales", type=float, nargs="+", required=True, help="0 switches guidance off"
+    )
+    command.add_argument(
+        "--num_inference_steps", "--steps", type=int, nargs="+", help="the pipeline's own number by default"
+    )
     command.add_argument("--schedulers", nargs="+", help="of diffusers, like DDIM; the pipeline's own by default")
     command.add_argument("--reference", required=True, help=f"the real images: {IMAGES}; or an npz file of statistics")
-    add_measuring_flags(command)
+    add_measuring_flags(command, metrics=DEFAULT_METRICS)
+    add_set_flags(command)
     command.add_argument(
-        "--metrics", default=DEFAULT_METRICS, help=f"some of {','.join(METRICS)}; the best point is that of the first"
-    )
-    add_sampling_flags(command)
-    command.add_argument(
-        "--output_dir", type=Path, default=Path("out/sweep"), help="for table, plot and samples; run again to go on"
+        "--output_dir",
+        type=Path,
+        default=Path("out/sweep"),
+        help="for table, plot and samples; to resume a sweep, repeat the command (default: %(default)s)",
     )
 
 
@@ -48,13 +54,21 @@ def run(args: argparse.Namespace) -> None:
     """Draws and measures every point, prints table and best scales, and writes them and the plot beside the samples.
 
     Raises:
-        ValueError: for arguments that do not fit, a reference, a network or a pipeline that cannot be read.
+        ValueError: for arguments that do not fit, before anything is imported; a reference, a network or a pipeline
+            that cannot be read.
     """
-    figure_class()  # may be missing, which is better known before the work
-    settings = evaluation_settings(args)
-    points = sweep_points(
-        sampling_settings(args), args.guidance_scales, args.num_inference_steps or (None,), args.schedulers or (None,)
-    )
+    settings, base = evaluation_settings(args), sampling_settings(args)
+    check_metrics(args.metrics.split(","), has_reference=True)
+    for name in ("pipeline", "reference"):
+        check_path(name, getattr(args, name))
+    check_path("features", args.features.partition(":")[2] or None)
+
+    from ..data.files import place_file
+    from ..evaluation.sweep import SweepTable, sweep, sweep_points
+    from ..sampling.opening import open_pipeline
+    from ..sampling.sample_files import join_processes, only_main
+
+    points = sweep_points(base, args.guidance_scales, args.num_inference_steps or (None,), args.schedulers or (None,))
     accelerator = join_processes()
     evaluator = only_main(accelerator, lambda: _open_evaluator(args, settings))
     opened = open_pipeline(args.pipeline, accelerator.device)
@@ -69,22 +83,29 @@ def run(args: argparse.Namespace) -> None:
         image = io.BytesIO()
         plot(table, _caption(reports[0])).savefig(image, dpi=120, format="png")
         place_file(args.output_dir / "sweep.png", image.getvalue())
-        print(table.to_markdown(), *table.best_lines(), f"written to {args.output_dir}", sep="\n")
         for text in dict.fromkeys(text for report in reports for text in report.warnings):
             print(f"warning: {text}", file=sys.stderr)
+        print(table.to_markdown(), *table.best_lines(), sep="\n")
+        print(f"{args.output_dir}: sweep.md, .csv, .json and .png, and the samples of each point")
 
 
-def _open_evaluator(args: argparse.Namespace, settings: EvaluationSettings) -> Evaluator:
+def _open_evaluator(args: argparse.Namespace, settings: EvaluationSettings) -> "Evaluator":
+    from ..evaluation.evaluate import Evaluator
+    from ..evaluation.feature_set import open_reference
+    from ..evaluation.networks import load_features
+
     extractor = load_features(args.features, weights=args.weights)
     return Evaluator(open_reference(args.reference, args.split), extractor, args.metrics.split(","), settings)
 
 
-def _describe(report: Report) -> str:
-    values = ", ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
+def _describe(report: "Report") -> str:
+    from ..evaluation.report import show_value
+
+    values = ", ".join(f"{name} {show_value(value)}" for name, value in report.metrics.items())
     return "{scheduler}, {num_inference_steps} steps, scale {guidance_scale:g}: ".format(**report.samples) + values
 
 
-def _caption(report: Report) -> str:
+def _caption(report: "Report") -> str:
     """What was measured, for the top of the plot."""
     samples, reference = report.samples, report.reference
     real = reference.get("statistics", reference)
@@ -96,11 +117,13 @@ def _caption(report: Report) -> str:
     )
 
 
-def plot(table: SweepTable, caption: str) -> Any:
+def plot(table: "SweepTable", caption: str) -> Any:
     """Each metric against the guidance scale, a line per scheduler and number of steps; the best point is circled."""
+    from matplotlib.figure import Figure
+
     columns = min(COLUMNS, len(table.metrics))
     rows = math.ceil(len(table.metrics) / columns)
-    figure = figure_class()(figsize=(3.6 * columns, 0.7 + 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 0.7 + 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     best, curves = table.best(), table.curves()
     scales = sorted({row["guidance_scale"] for row in table.rows})

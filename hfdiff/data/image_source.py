@@ -89,7 +89,7 @@ def images_in_memory(
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
             f"`images` must be uint8 (N, C, H, W) with 1 or 3 channels, got {images.dtype} {tuple(images.shape)}; "
-            "round floats in [0, 1] with `hfdiff.data.pictures.to_bytes`."
+            f"{_remedy(images.dtype, tuple(images.shape), channels=1)}."
         )
     return ImageSource(name, len(images), _shape(images.shape[1:]), lambda size: iter(images.split(size)), labels)
 
@@ -175,8 +175,8 @@ def _first_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int, int, i
             shape, transposed, dtype = read_header(stream)
             if dtype != np.uint8 or transposed or len(shape) != 4 or shape[3] not in (1, 3):
                 raise ValueError(
-                    f"arr_0 must be uint8 (N, H, W, C) with 1 or 3 channels, got {dtype} {shape}; round floats in "
-                    "[0, 1] with `hfdiff.data.pictures.to_bytes`"
+                    f"arr_0 must be uint8 (N, H, W, C) with 1 or 3 channels, got {dtype} {shape}; "
+                    f"{_remedy(dtype, shape, channels=3)}"
                 )
             yield stream, (shape[0], shape[1], shape[2], shape[3])
     except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
@@ -199,6 +199,18 @@ def _open_dataset(source: str, split: str) -> ImageSource:
 
     name = source if Path(source).is_file() else f"{source}, {split}"
     return ImageSource(name, len(images), _shape(images.shape[1:]), batches)
+
+
+def _remedy(dtype: Any, shape: tuple[int, ...], channels: int) -> str:
+    """What to do with an array whose type or axes are wrong; its channels belong on the axis `channels`."""
+    other = 4 - channels
+    if len(shape) == 4 and shape[channels] not in (1, 3) and shape[other] in (1, 3):
+        order = "(0, 2, 3, 1)" if channels == 3 else "(0, 3, 1, 2)"
+        call = "transpose" if channels == 3 else "permute"
+        return f"its channels are on axis {other}: save `images.{call}{order}`"
+    if dtype in (np.uint8, torch.uint8):
+        return "add or reorder axes"
+    return "round floats in [0, 1] with `hfdiff.data.pictures.to_bytes`"
 
 
 def _shape(sizes: Sequence[int]) -> tuple[int, int, int]:

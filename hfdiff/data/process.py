@@ -7,11 +7,10 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes; glibc refuses more
@@ -63,8 +62,10 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+def on_main(accelerator: "Accelerator", work: Callable[[], Result]) -> Result:
     """Runs `work` on the main process alone; all get its result, and all end where it fails."""
+    from accelerate.utils import broadcast_object_list
+
     error: Exception | None = None
     outcome: list[Any] = [None, False]
     if accelerator.is_main_process:
@@ -89,7 +90,9 @@ class StopRequest:
         accelerator: whose processes are to stop at the same step.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: "Accelerator") -> None:
+        import torch
+
         self.signum = 0
         self.loud = accelerator.is_main_process
         # On the host's own group, asking does not wait for the device.
@@ -112,6 +115,8 @@ class StopRequest:
         """The signal that stops the run, 0 for none; the same on every process, which must all ask."""
         if self.group is None:
             return self.signum
+        import torch
+
         signum = torch.tensor(self.signum)
         torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, self.group)
         return int(signum)

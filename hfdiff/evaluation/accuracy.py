@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .features import FeatureExtractor
+
 
 class ClassAccuracy(NamedTuple):
     """How often a classifier sees what was asked for.
@@ -47,3 +49,12 @@ def class_accuracy(probs: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> C
     right = (probs.argmax(dim=1) == labels).double()
     shares = [right[labels == label].mean().item() for label in labels.unique()]
     return ClassAccuracy(right.mean().item(), min(shares))
+
+
+@torch.no_grad()
+def predicted_classes(extractor: FeatureExtractor, images: np.ndarray) -> list[int]:
+    """The class that a classifier thinks most probable for each image of (N, H, W, C) uint8."""
+    probs = extractor(torch.from_numpy(images).permute(0, 3, 1, 2)).probs
+    if probs is None:
+        raise ValueError("A judge must give class probabilities, got features alone; take an image classifier.")
+    return probs.argmax(dim=-1).tolist()

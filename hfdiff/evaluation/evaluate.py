@@ -10,12 +10,16 @@ from ..data.image_source import ImageSource
 from .feature_set import STATISTICS, Reference, collect, collect_reference, first_features
 from .features import FeatureExtractor, ImageFeatures
 from .inception_score import inception_score
-from .metric_set import LABELS, METRICS, EvaluationSettings, Metric, Value
+from .metric_set import LABELS, METRICS, Metric, Value
 from .metrics import FEWEST_TO_EXTRAPOLATE, small_sample_warning
 from .report import Report
+from .settings import OF_IMAGES, EvaluationSettings, check_metrics
 from .statistics import StatisticsFile
 
 SORTED_SPLITS = 0.8  # of the score of all images: splits that have less are not alike
+NOT_ESTIMATED = (
+    "{}: not estimated, since the line through the distances of these few images falls below 0; take more images"
+)
 FRECHET = {"fid": "pooled", "fid_infinity": "pooled", "sfid": "spatial"}  # metrics of known bias, and their features
 SAME_FEATURES = ("weights_sha256", "resize")  # of a record of provenance
 
@@ -89,6 +93,7 @@ class Evaluator:
             spread={name: std for name in metrics if (std := values[name].std) is not None},
             **self._inputs(samples, first),
             warnings=_warnings(samples, self.reference, widths)
+            + [NOT_ESTIMATED.format(name) for name in metrics if values[name].mean is None]
             + (_split_warnings(parts["probs"], values["is"]) if "is" in self.metrics else []),
         )
 
@@ -149,16 +154,10 @@ def evaluate(
 
 
 def _check_metrics(metrics: Sequence[str], reference: Reference) -> None:
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(f"`metrics` must be some of {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}.")
+    check_metrics(metrics, has_reference=reference != Reference())
     for name in metrics:
-        need = METRICS[name].reference
-        if need == "pooled" and reference.images is None:
-            got = "none" if reference.statistics is None else "only their statistics"
-            raise ValueError(f"`reference` must have images for {name}, got {got}.")
-        if need in STATISTICS and reference == Reference():
-            raise ValueError(f"`reference` must have images or their statistics for {name}, got none.")
+        if name in OF_IMAGES and reference.images is None:
+            raise ValueError(f"`reference` must have images for {name}, got only their statistics.")
 
 
 def _check_features(first: ImageFeatures, provenance: dict[str, Any], metrics: Sequence[str]) -> None:
@@ -219,6 +218,7 @@ def _warnings(samples: ImageSource, reference: Reference, widths: dict[str, int]
 
 def _split_warnings(probs: Tensor, score: Value) -> list[str]:
     whole = inception_score(probs, splits=1)
+    assert score.mean is not None
     if score.mean >= SORTED_SPLITS * whole:
         return []
     return [

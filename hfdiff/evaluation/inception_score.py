@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SPLIT_SIZE = 5000  # images, as in guided-diffusion's evaluator
+from .settings import SPLIT_SIZE
+
 SUM_TOLERANCE = 1e-3  # of a row of probabilities, from 1; rows in half precision stay below it
 
 

@@ -2,60 +2,26 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .accuracy import class_accuracy
-from .inception_score import SPLIT_SIZE, split_inception_scores
+from .inception_score import split_inception_scores
 from .kernel_distance import subset_kernel_distances
 from .metrics import frechet_distance, frechet_distance_infinity
 from .precision_recall import precision_recall
+from .settings import EvaluationSettings
 from .statistics import FeatureStatistics
 
 LABELS = "labels"  # of the samples, which accuracy compares probabilities with
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How the metrics are computed.
-
-    Args:
-        batch_size: images per call of the network.
-        is_split_size: images of each split of the Inception Score.
-        kid_subset_size: images of each of KID's subsets, at most; all where there are fewer.
-        kid_num_subsets: how many subsets.
-        nearest: the neighbour k of precision and recall.
-        seed: of the subsets.
-
-    Raises:
-        ValueError: for a number below 1, or a negative seed.
-    """
-
-    batch_size: int = 256
-    is_split_size: int = SPLIT_SIZE
-    kid_subset_size: int = 1000
-    kid_num_subsets: int = 100
-    nearest: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            least = 0 if name == "seed" else 1
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-
-    def generator(self) -> torch.Generator:
-        """A source of subsets for one metric, so that it does not depend on the others that are asked for."""
-        return torch.Generator().manual_seed(self.seed)
-
-
 class Value(NamedTuple):
-    """A metric's value, and its standard deviation over splits or subsets, where it has some."""
+    """A metric's value, None where it could not be estimated, and its standard deviation over splits or subsets."""
 
-    mean: float
+    mean: float | None
     std: float | None = None
 
 
@@ -70,8 +36,8 @@ def _sfid(samples: FeatureStatistics, reference: FeatureStatistics, _: Evaluatio
 def _fid_infinity(samples: Tensor, reference: FeatureStatistics, settings: EvaluationSettings) -> dict[str, Value]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report has it
-        distance = frechet_distance_infinity(samples, *reference[:2], generator=settings.generator())
-    return {"fid_infinity": Value(distance)}
+        distance = frechet_distance_infinity(samples, *reference[:2], generator=_generator(settings))
+    return {"fid_infinity": Value(None if distance < 0 else distance)}
 
 
 def _inception_score(samples: Tensor, _: None, settings: EvaluationSettings) -> dict[str, Value]:
@@ -81,7 +47,7 @@ def _inception_score(samples: Tensor, _: None, settings: EvaluationSettings) -> 
 def _kid(samples: Tensor, reference: Tensor, settings: EvaluationSettings) -> dict[str, Value]:
     size = min(settings.kid_subset_size, len(samples), len(reference))
     count = settings.kid_num_subsets if size < max(len(samples), len(reference)) else 1  # all images: one subset
-    generator = settings.generator()
+    generator = _generator(settings)
     distances = subset_kernel_distances(reference, samples, subset_size=size, num_subsets=count, generator=generator)
     return {"kid": _summary(distances)}
 
@@ -94,6 +60,11 @@ def _precision_recall(samples: Tensor, reference: Tensor, settings: EvaluationSe
 def _accuracy(samples: Tensor, labels: Tensor, _: EvaluationSettings) -> dict[str, Value]:
     found = class_accuracy(samples, labels)
     return {"accuracy": Value(found.overall), "worst_class_accuracy": Value(found.worst)}
+
+
+def _generator(settings: EvaluationSettings) -> torch.Generator:
+    """A source of subsets for one metric, so that it does not depend on the others that are asked for."""
+    return torch.Generator().manual_seed(settings.seed)
 
 
 def _summary(values: Tensor) -> Value:

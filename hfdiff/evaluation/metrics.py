@@ -57,6 +57,10 @@ def frechet_distance_infinity(
         num_points: subsets, at least 2.
         generator: source of the subsets, on the CPU.
 
+    Returns:
+        The distance. As the estimate is unbiased, it can fall below 0, where no distance is, for sets that are alike
+        or small.
+
     Raises:
         ValueError: when the shapes do not belong together, or for fewer than 2 points or 10 images.
 

@@ -16,7 +16,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..pipelines.guidance import log_likelihood, noisy_input
-from .plots import figure_class
 
 CALIBRATION_BINS = 15  # as in Guo et al. (2017)
 MEASURES = {"accuracy": "accuracy", "cross_entropy": "cross entropy (nats)", "calibration_error": "calibration error"}
@@ -143,7 +142,9 @@ def plot_noise_levels(rows: Sequence[NoiseBucket], path: str | Path) -> None:
     Raises:
         ValueError: when matplotlib is not installed.
     """
-    figure = figure_class()(figsize=(9, 3), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
     middles = [(row.first_timestep + row.last_timestep) / 2 for row in rows]
     for axes, (name, label) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items()):
         axes.plot(middles, [getattr(row, name) for row in rows], marker="o")

@@ -28,7 +28,7 @@ class Report:
     """The result of an evaluation.
 
     Args:
-        metrics: value of each metric.
+        metrics: value of each metric; None where it could not be estimated, which a warning explains.
         spread: standard deviation over splits or subsets, of those that have some.
         samples: source, number and shape of the generated images.
         reference: source and number of the real images, and whether they or cached statistics were used.
@@ -38,7 +38,7 @@ class Report:
         versions: of the packages.
     """
 
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     spread: dict[str, float]
     samples: dict[str, Any]
     reference: dict[str, Any]
@@ -82,8 +82,13 @@ class Report:
         rows = []
         for name, value in self.metrics.items():
             spread = f" ± {self.spread[name]:.4g}" if name in self.spread else ""
-            rows.append((name, f"{value:.6g}{spread}"))
+            rows.append((name, f"{show_value(value, 6)}{spread}"))
         return rows
+
+
+def show_value(value: float | None, digits: int = 4) -> str:
+    """A metric's value in words."""
+    return "not estimated" if value is None else f"{value:.{digits}g}"
 
 
 def read_report(path: str | Path) -> Report:

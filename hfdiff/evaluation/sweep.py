@@ -7,6 +7,7 @@ Nichol 2021, figure 4). Every point of a sweep has the same noise and classes, s
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from ..sampling.sample_files import draw_samples
 from ..sampling.sampler import Sampler
 from ..sampling.settings import SamplingSettings
 from .evaluate import Evaluator
-from .report import Report, read_report
+from .report import Report, read_report, show_value
 
 LOWER_IS_BETTER = ("fid", "fid_infinity", "kid", "sfid")
 CURVE = ("scheduler", "num_inference_steps")  # what the points of one line of the plot share
@@ -146,7 +147,12 @@ class SweepTable:
         """The best of some points, or of all, by the first metric; at equal values the smallest scale."""
         metric = self.metrics[0]
         sign = 1 if metric in LOWER_IS_BETTER else -1
-        return min(rows or self.rows, key=lambda row: (sign * row[metric], row["guidance_scale"]))
+
+        def rank(row: Row) -> tuple[float, float]:
+            value = row[metric]
+            return (math.inf if value is None else sign * value, row["guidance_scale"])
+
+        return min(rows or self.rows, key=rank)
 
     def best_lines(self) -> list[str]:
         """The best scale of each curve, in words."""
@@ -155,7 +161,7 @@ class SweepTable:
         for (scheduler, steps), rows in curves.items():
             row = self.best(rows)
             overall = ", the best of all" if row is self.best() and len(curves) > 1 else ""
-            found = f"{row['guidance_scale']:g}, {metric} {row[metric]:.4g}{overall}"
+            found = f"{row['guidance_scale']:g}, {metric} {show_value(row[metric])}{overall}"
             lines.append(f"best guidance_scale of {scheduler}, {steps} steps: {found}")
         return lines
 
@@ -172,7 +178,7 @@ class SweepTable:
         best = self.best()
         lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
         for row in self.rows:
-            cells = [f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in names]
+            cells = [str(row[name]) if name in SETTINGS else show_value(row[name]) for name in names]
             lines.append(f"| {' | '.join(f'**{cell}**' if row is best else cell for cell in cells)} |")
         return "\n".join(lines) + "\n"
 

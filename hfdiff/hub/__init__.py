@@ -1,7 +1,8 @@
 """Publishing on the Hub: pipelines, models and Spaces."""
 
-from .folder import export
-from .repository import open_repository, push, upload
-from .space import export_space, push_space
+from ..lazy import lazy_names
 
-__all__ = ["export", "export_space", "open_repository", "push", "push_space", "upload"]
+__all__ = lazy_names(
+    __name__,
+    {".folder": "export", ".repository": "open_repository push upload", ".space": "export_space push_space"},
+)

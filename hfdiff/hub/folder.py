@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
 
 import hfdiff
 
 from ..data.files import PARTIAL, new_folder
-from ..data.pictures import image_grid
+from ..data.pictures import image_grid, to_pil
 from ..pipelines.portable import INDEX, add_code, use_imported
+from ..sampling.opening import OpenedPipeline
+from ..sampling.sampler import Sampler
+from ..sampling.settings import SamplingSettings
 from .card import CARD, PICTURE, complete_card
 
 CONFIG = "config.json"
@@ -107,13 +110,12 @@ def _finish(
     complete_card(folder, _read(main), repo_id=repo_id, source=name, ours=kind is not None, license=license)
 
 
-def draw_picture(pipe: Any) -> Any:
-    """A row of images, of one class each where the pipeline has classes, from fixed seeds."""
-    classes = getattr(getattr(pipe, "classifier", None), "config", {}).get("num_classes")
-    count = min(PICTURED, classes or PICTURED)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
-    images = pipe(list(range(count)) if classes else count, generator=generators).images
-    return image_grid(images, columns=count, scale=max(1, 84 // images[0].width))
+def draw_picture(pipe: DiffusionPipeline) -> Image.Image:
+    """A row of the first images of seed 0, of one class each where the pipeline has classes."""
+    opened = OpenedPipeline(pipe)
+    count = min(PICTURED, opened.num_classes or PICTURED)
+    pictures = to_pil(Sampler(opened, SamplingSettings(count)).draw_all())
+    return image_grid(pictures, columns=count, scale=max(1, 84 // pictures[0].width))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,20 +8,20 @@ from typing import Any
 from huggingface_hub import HfApi, metadata_load
 
 from ..data.files import new_folder
-from ..pipelines.hub_download import speaking
+from ..pipelines.hub_download import bundled_folder, speaking
 from .repository import open_repository, upload
 
 CARD = "README.md"
 ENTRIES = ("sdk", "sdk_version", "python_version", "app_file")  # that the card of a Gradio Space must have
-PACKAGE = Path(__file__).parent
-NOT_DEPLOYED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "out")
+PACKAGE = Path(__file__).parents[1]
+NOT_DEPLOYED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "out", "bundled")
 
 
 def export_space(folder: str | Path, destination: str | Path) -> Path:
     """Writes a Space as it is to be on the Hub: beside its own files, hfdiff and the pipelines that its card names.
 
     Args:
-        folder: with app and card. Of the card's `models`, those in the folder `pipelines` above it are bundled.
+        folder: with app and card. Of the card's `models`, hfdiff's own go along.
         destination: a new or empty folder.
 
     Returns:
@@ -37,8 +37,7 @@ def export_space(folder: str | Path, destination: str | Path) -> Path:
         shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=NOT_DEPLOYED)
         shutil.copytree(PACKAGE, partial / PACKAGE.name, ignore=NOT_DEPLOYED)
         for model in card.get("models") or []:
-            bundled = folder.resolve().parent.parent / "pipelines" / model.rpartition("/")[2]
-            if bundled.is_dir():
+            if bundled := bundled_folder(model):
                 shutil.copytree(bundled, partial / "pipelines" / bundled.name, ignore=NOT_DEPLOYED)
     return destination
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
+from diffusers.utils import logging
 from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
@@ -29,16 +30,47 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from .portable import INDEX
+from .portable import INDEX, PACKAGE
+
+logger = logging.get_logger(__name__)
 
 SMALL_FILES = ("*.json", "*.txt", "*.model")  # configs and vocabularies
 LARGE = 100 * 2**20  # bytes; the Hub takes no larger file but through a pointer
 OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
-def fetch(
+def bundled_folder(repo_id: str) -> Path | None:
+    """The folder of a pipeline or model of hfdiff's own that came with the package, where it did."""
+    owner, _, name = repo_id.partition("/")
+    package = Path(__file__).parents[1]  # of a wheel; a clone has them beside it
+    places = (package / "bundled", package.parent / "pipelines") if owner == PACKAGE else ()
+    return next((place / name for place in places if name and (place / name).is_dir()), None)
+
+
+def bundled_source(repo_id: str) -> str:
+    """Where to open a default from without asking the Hub: the folder that came with the package, else the Hub's id."""
+    return str(bundled_folder(repo_id) or repo_id)
+
+
+def fetch(repo_id: str, *, revision: str | None = None, **options: Any) -> str:
+    """The folder of a pipeline or a model of the Hub: [`download`], whose arguments it takes.
+
+    What came with the package is opened from there where the Hub cannot be reached or does not have it.
+    """
+    try:
+        return download(repo_id, revision=revision, **options)
+    except OSError as error:
+        folder = bundled_folder(repo_id) if revision is None else None
+        if folder is None or isinstance(error, PermissionError):
+            raise
+        logger.warning("%s comes from the copy in the package: the Hub cannot be reached or does not have it.", repo_id)
+        return str(folder)
+
+
+def download(
     repo_id: str,
     *,
+    index: str = INDEX,
     revision: str | None = None,
     variant: str | None = None,
     code: bool = False,
@@ -54,6 +86,7 @@ def fetch(
 
     Args:
         repo_id: "user/name".
+        index: the file that it must have, which says what it is.
         revision: branch, tag or commit; default: "main".
         variant: of the weights, like "fp16"; components without it have their plain weights fetched.
         code: fetch the repository's code as well, which nothing here runs.
@@ -76,8 +109,9 @@ def fetch(
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=small, **options))
         tree = get_cached_repo_tree(repo_id, revision=folder.name, cache_dir=cache_dir)
     checksums = {file.path: file.blob_id for file in tree}
-    if INDEX not in checksums:
-        raise FileNotFoundError(f"The Hub's repository {repo_id!r} holds no pipeline: it has no {INDEX}.")
+    if index not in checksums:
+        kind = "pipeline" if index == INDEX else "model"
+        raise FileNotFoundError(f"The Hub's repository {repo_id!r} holds no {kind}: it has no {index}.")
     weights = _choose_weights(checksums, variant)
     options["revision"] = folder.name
     with speaking(repo_id, revision, problem):

@@ -241,6 +241,21 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         return self._execution_device if isinstance(self.unet, ModelMixin) else _reference(self.unet).device
 
     @property
+    def num_classes(self) -> int | None:
+        """K."""
+        return _config(self.classifier, "num_classes")
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """w."""
+        return self.config.default_guidance_scale
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names."""
+        return self._id2label
+
+    @property
     def _id2label(self) -> dict[int, str]:
         return {int(index): str(name) for index, name in (_config(self.classifier, "id2label") or {}).items()}
 

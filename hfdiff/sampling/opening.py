@@ -1,9 +1,10 @@
-"""Pipelines to draw from: hfdiff's own and those of diffusers, from a folder or the Hub."""
+"""Pipelines to draw from: hfdiff's own and those of diffusers, from a folder, the Hub, or memory."""
 
 import inspect
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import torch
@@ -13,31 +14,78 @@ from ..pipelines.hub_download import fetch
 from ..pipelines.hub_mixin import own_memory
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..pipelines.pipeline_ncsn import NCSNPipeline
+from ..pipelines.portable import INDEX
 from ..schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 
-INDEX = "model_index.json"
-
-
 OWN_PIPELINES = {kind.__name__: kind for kind in (ClassifierGuidedPipeline, NCSNPipeline)}
-
-
 COMPONENT_FILES = (".json", ".safetensors", ".bin")
+CLASS_COUNTS = (("transformer", "num_embeds_ada_norm"), ("unet", "num_class_embeds"))  # of pipelines of diffusers
 
 
-class OpenedPipeline(NamedTuple):
+@dataclass(frozen=True)
+class OpenedPipeline:
     """A pipeline to draw from.
 
     Args:
         pipe: takes `generator`, and `batch_size` or `class_labels`.
-        name: its folder or Hub id.
-        sha256: of its components' files.
-        scheduler: its own, which others are made from.
+        name: its folder or Hub id, for reports.
+        sha256: of its components' files, for reports.
+
+    Raises:
+        ValueError: for a pipeline that needs more than noise and classes.
     """
 
     pipe: Any
-    name: str
-    sha256: str
-    scheduler: Any
+    name: str = "a pipeline in memory"
+    sha256: str | None = None
+    scheduler: Any = field(init=False)  # its own, which others are made from
+
+    def __post_init__(self) -> None:
+        if "generator" not in self.parameters or not {"batch_size", "class_labels"} & self.parameters:
+            raise ValueError(
+                f"`pipeline` must draw from noise or from class labels, got {type(self.pipe).__name__} of "
+                f"{self.name!r}; sample it yourself and measure the images."
+            )
+        object.__setattr__(self, "scheduler", self.pipe.scheduler)
+
+    @property
+    def parameters(self) -> set[str]:
+        """What a call of it takes."""
+        return set(inspect.signature(self.pipe.__call__).parameters)
+
+    @property
+    def num_classes(self) -> int | None:
+        """K; None for a pipeline without classes, or one that does not say."""
+        if isinstance(self.pipe, ClassifierGuidedPipeline):
+            return self.pipe.num_classes
+        for component, key in CLASS_COUNTS:
+            config = getattr(getattr(self.pipe, component, None), "config", {})
+            if "class_labels" in self.parameters and config.get(key) is not None:
+                return int(config[key])
+        return None
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of its classes; empty where they have none."""
+        return self.pipe.id2label if isinstance(self.pipe, ClassifierGuidedPipeline) else {}
+
+    @property
+    def takes_classes(self) -> bool:
+        """Whether it draws by class."""
+        if isinstance(self.pipe, ClassifierGuidedPipeline):
+            return self.pipe.classifier is not None or self.num_classes is not None
+        return "class_labels" in self.parameters
+
+    def scheduler_named(self, name: str | None) -> Any:
+        """Its own scheduler, or another made from its config.
+
+        Args:
+            name: as of [`scheduler_class`]; None, or its own class name, is its own.
+        """
+        own = self.scheduler
+        if name is None or name.removesuffix("Scheduler") == type(own).__name__.removesuffix("Scheduler"):
+            return own
+        return scheduler_class(name).from_config(own.config)
 
 
 def open_pipeline(source: str, device: torch.device | str = "cpu") -> OpenedPipeline:
@@ -56,15 +104,9 @@ def open_pipeline(source: str, device: torch.device | str = "cpu") -> OpenedPipe
     kind = OWN_PIPELINES.get(entry if isinstance(entry, str) else entry[-1], diffusers.DiffusionPipeline)
     pipe = kind.from_pretrained(folder).to(device)
     pipe.set_progress_bar_config(disable=True)
-    accepted = call_parameters(pipe)
-    if "generator" not in accepted or not {"batch_size", "class_labels"} & accepted:
-        raise ValueError(
-            f"`pipeline` must draw from noise or from class labels, got {type(pipe).__name__} of {source!r}; sample it "
-            "yourself and measure the images."
-        )
     own_memory(pipe)
     files = sorted(path for path in folder.glob("*/*") if path.suffix in COMPONENT_FILES)
-    return OpenedPipeline(pipe, source, files_checksum(files), pipe.scheduler)
+    return OpenedPipeline(pipe, source, files_checksum(files))
 
 
 def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:
@@ -75,10 +117,6 @@ def scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:
         if candidate in known:
             return known[candidate]
     raise ValueError(
-        f"`--scheduler` must be a scheduler of diffusers or AnnealedLangevin, got {name!r}; choose among "
+        f"`scheduler` must be a scheduler of diffusers or AnnealedLangevin, got {name!r}; choose among "
         f"{', '.join(known)}."
     )
-
-
-def call_parameters(pipe: Any) -> set[str]:
-    return set(inspect.signature(pipe.__call__).parameters)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..data.files import PARTIAL, place_file, remove_leftovers, replace, sync
 from ..data.image_source import LABELS, PROVENANCE
 from ..data.process import on_main
-from .sampler import Sampler
+from .sampler import Sampler, one_thread
 
 RUN_FILE = "run.json"
 SAMPLES_FILE = "samples.npz"
@@ -74,7 +74,8 @@ def draw_samples(sampler: Sampler, folder: Path, accelerator: Accelerator) -> Pa
         own = range(accelerator.process_index, sampler.num_batches, accelerator.num_processes)
         for batch in tqdm(own, desc=str(folder), delay=5, disable=not accelerator.is_main_process):
             if not (shard := _shard(folder, batch)).exists():
-                np.save(content := io.BytesIO(), sampler.draw(batch))
+                with one_thread():
+                    np.save(content := io.BytesIO(), sampler.draw(batch))
                 place_file(shard, content.getvalue())
     accelerator.wait_for_everyone()  # before the main process makes what the others looked for
     on_main(accelerator, lambda: _merge(folder, sampler))

@@ -1,10 +1,8 @@
-"""What to draw from a pipeline."""
+"""What to draw from a pipeline. It is checked before slow imports, so nothing here needs torch."""
 
+import math
 from dataclasses import dataclass
 
-from ..pipelines.inputs import check_choice, check_guidance_scale
-
-FEWEST = 2  # images that a set of them has
 LABEL_POLICIES = ("balanced", "random", "given")
 
 
@@ -38,15 +36,17 @@ class SamplingSettings:
     sampling_batch_size: int = 50
 
     def __post_init__(self) -> None:
-        least = {"num_images": FEWEST, "num_inference_steps": 1, "seed": 0, "sampling_batch_size": 1}
+        least = {"num_images": 1, "num_inference_steps": 1, "seed": 0, "sampling_batch_size": 1}
         for name, smallest in least.items():
             if (value := getattr(self, name)) is not None and value < smallest:
                 raise ValueError(f"`{name}` must be at least {smallest}, got {value}.")
-        if self.guidance_scale is not None:
-            check_guidance_scale(self.guidance_scale, self.num_images)
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(
+                f"`guidance_scale` must be finite and at least 0, got {self.guidance_scale}; 0 switches guidance off."
+            )
         policy = self.label_policy or ("given" if self.class_labels else None)
-        if policy is not None:
-            check_choice("label_policy", policy, LABEL_POLICIES)
+        if policy not in (None, *LABEL_POLICIES):
+            raise ValueError(f"`label_policy` must be one of {LABEL_POLICIES}, got {policy!r}; choose one of these.")
         if (policy == "given") != bool(self.class_labels):
             raise ValueError(
                 f'`class_labels` and the `label_policy` "given" go together, got {self.class_labels} with {policy!r}; '

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..cli import draw, judge_labels
 from ..data.labelled import LabelledImages
 from ..data.sources import reading_model
+from ..evaluation.accuracy import predicted_classes
+from ..evaluation.networks import load_features
 from ..evaluation.noise_levels import (
     NoiseBucket,
     average_noise_levels,
@@ -20,6 +21,9 @@ from ..evaluation.noise_levels import (
 from ..models.noisy_classifier import NoisyClassifier
 from ..pipelines.inputs import most_steps
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
+from ..sampling.opening import OpenedPipeline
+from ..sampling.sampler import Sampler
+from ..sampling.settings import SamplingSettings
 from .batches import derive_seed, make_generator
 from .card import Measurement
 from .diffusion_model import Levels
@@ -92,12 +96,15 @@ def report_samples(
     """
     labels = [label for label in list(pipe.classifier.id2label)[:CLASSES_DRAWN] for _ in range(per_class)]
     steps = int(min(steps, most_steps(pipe.scheduler)))
-    pipe.set_progress_bar_config(desc="Samples", leave=False)
-    images = draw(pipe, labels, derive_seed(seed, "samples", 0), None, steps)
+    settings = SamplingSettings(
+        len(labels), class_labels=tuple(labels), num_inference_steps=steps, seed=derive_seed(seed, "samples", 0)
+    )
+    images = Sampler(OpenedPipeline(pipe), settings).draw_all(progress=True)
     save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), folder / "samples.png", per_class)
     if judge is None:
         return []
-    seen = judge_labels(load_judge(judge, pipe.classifier), images)
+    load_judge(judge, pipe.classifier)
+    seen = predicted_classes(load_features(f"classifier:{judge}"), images)
     accuracy = float(np.mean(np.equal(seen, labels)))
     of = f"{len(labels)} guided images, {steps} steps at scale {pipe.config.default_guidance_scale:g}, by {judge}"
     print(f"Accuracy {accuracy:.3f} of {of}.")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..data.files import PARTIAL, replace
 from ..data.labelled import LabelledImages
-from ..evaluation import bits_per_dim, frechet_distance, spread_timesteps
+from ..evaluation.bits_per_dim import bits_per_dim, spread_timesteps
+from ..evaluation.metrics import frechet_distance
 from ..evaluation.statistics import FeatureStatistics, RunningStatistics, load_statistics, save_statistics
 from ..models.noisy_classifier import NoisyClassifier
 from ..schedulers.scheduling_ddpm import DDPMScheduler

@@ -49,11 +49,6 @@ class Stopped(Exception):
     """Nobody waits for the drawing."""
 
 
-def generators(seeds: list[int]) -> list[torch.Generator]:
-    """A stream of noise for each image."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 def film(pipe: Any, **arguments: Any) -> Iterator[Frame]:
     """Frames of a pipeline's call, of which the last is its images."""
     return stream(lambda report: _draw(pipe, arguments, report))

@@ -7,10 +7,12 @@ import gradio as gr
 import pandas as pd
 import torch
 from checks import MOST_SCALE, MOST_SEED, MOST_STEPS, choice, choices, number, whole
-from drawing import Frame, generators
+from drawing import Frame
 from exhibit import Exhibit, seed_control
 from film import Panel, color_map
 from opening import Opened
+
+from hfdiff.sampling import image_generators
 
 MOST_BOXES = 20  # classes; more are chosen from a list
 CURVES = {"x": "step", "y": "p(y | xₜ)", "color": "class", "y_lim": [0, 1], "colors_in_legend": [], "height": 230}
@@ -25,7 +27,7 @@ class Settings:
         guidance_scale: w.
         steps: model calls.
         scheduler: its name.
-        seed: of the first image; the next has the next.
+        seed: of the noise.
         interval: the part of the progress that is guided.
     """
 
@@ -59,11 +61,11 @@ class Guided(Exhibit):
         report with p(y | image) of each and the code that draws the same.
 
         Args:
-            labels: names of classes, 1 to 10.
+            labels: names of classes, 1 to 10, in any order; a name given twice is drawn twice.
             guidance_scale: w, from 0 to 100.
             steps: model calls, from 1 to 100.
             scheduler: one of the names that the page offers.
-            seed: of the first image; the next has the next.
+            seed: of the noise; image i of a seed is the same picture everywhere.
             guided_from: the progress at which guidance sets in, from 0.
             guided_to: the progress after which it ends, to 1.
         """
@@ -89,7 +91,7 @@ class Guided(Exhibit):
             "guidance_scale": torch.tensor([settings.guidance_scale] * count + [0.0] * count),
             "num_inference_steps": settings.steps,
             "guidance_interval": settings.interval,
-            "generator": generators([settings.seed + i for i in range(count)] * 2),
+            "generator": [*image_generators(settings.seed, count), *image_generators(settings.seed, count)],
         }
 
     def snippet(self, settings: Settings) -> str:
@@ -101,7 +103,7 @@ images = pipe(
     guidance_scale=torch.tensor([{settings.guidance_scale}] * {count} + [0.0] * {count}),  # guided, then not
     num_inference_steps={settings.steps},
     guidance_interval={settings.interval},
-    generator=[torch.Generator().manual_seed({settings.seed} + i % {count}) for i in range({2 * count})],
+    generator=[image_generator({settings.seed}, i % {count}) for i in range({2 * count})],
 ).images
 """
 
@@ -167,7 +169,8 @@ def opening_lines(opened: Opened, scheduler: str) -> str:
         ours.insert(0, kind.__name__)
     elif swapped:
         lines.append(f"from {package} import {kind.__name__}")
-    lines += [f"from hfdiff import {', '.join(ours)}", "", *opened.preamble]
+    lines += [f"from hfdiff import {', '.join(ours)}", "from hfdiff.sampling import image_generator", ""]
+    lines += opened.preamble
     lines.append(f"pipe = ClassifierGuidedPipeline.from_pretrained({opened.name!r})")
     if swapped:
         lines.append(f"pipe.scheduler = {kind.__name__}.from_config(pipe.scheduler.config)")

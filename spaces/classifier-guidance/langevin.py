@@ -7,10 +7,11 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 from checks import MOST_IMAGES, MOST_SEED, choice, whole
-from drawing import Frame, generators
+from drawing import Frame
 from exhibit import Exhibit, seed_control
 from film import Panel
 
+from hfdiff.sampling import image_generators
 from hfdiff.schedulers.scheduling_annealed_langevin import SAMPLINGS
 
 MOST_STEPS = 250
@@ -24,7 +25,7 @@ class Settings:
         count: how many.
         steps: model calls.
         sampling: kind of annealed Langevin dynamics.
-        seed: of the first image; the next has the next.
+        seed: of the noise.
     """
 
     count: int
@@ -49,7 +50,7 @@ class Langevin(Exhibit):
             count: how many, 1 to 10.
             steps: model calls, up to 250.
             sampling: consistent, langevin or predictor_corrector.
-            seed: of the first image; the next has the next.
+            seed: of the noise.
         """
         return Settings(
             whole("Images", count, 1, MOST_IMAGES),
@@ -65,26 +66,27 @@ class Langevin(Exhibit):
         return {
             "batch_size": settings.count,
             "num_inference_steps": settings.steps,
-            "generator": generators([settings.seed + i for i in range(settings.count)]),
+            "generator": image_generators(settings.seed, settings.count),
         }
 
     def snippet(self, settings: Settings) -> str:
         preamble = "".join(f"{line}\n" for line in self.opened.preamble)
         return f"""import torch
 from hfdiff import AnnealedLangevinScheduler, NCSNPipeline
+from hfdiff.sampling import image_generators
 
 {preamble}pipe = NCSNPipeline.from_pretrained({self.opened.name!r})
 pipe.scheduler = AnnealedLangevinScheduler.from_config(pipe.scheduler.config, sampling={settings.sampling!r})
 images = pipe(
     batch_size={settings.count},
     num_inference_steps={settings.steps},
-    generator=[torch.Generator().manual_seed({settings.seed} + i) for i in range({settings.count})],
+    generator=image_generators({settings.seed}, {settings.count}),
 ).images
 """
 
     def panels(self, settings: Settings) -> list[Panel]:
-        names = tuple(str(settings.seed + i) for i in range(settings.count))
-        return [Panel(f"{settings.sampling.replace('_', '-')}, by seed", names, slice(None))]
+        names = tuple(map(str, range(settings.count)))
+        return [Panel(f"{settings.sampling.replace('_', '-')}, seed {settings.seed}", names, slice(None))]
 
     def plots(self, settings: Settings, frames: list[Frame]) -> list[pd.DataFrame]:
         levels = [(frame.step, math.log10(frame.sigma)) for frame in frames if frame.sigma is not None]

@@ -1,17 +1,16 @@
-"""The pipelines a visitor draws from: what a variable names, else the Hub's, else the bundled one with a note."""
+"""The pipelines a visitor draws from: what a variable names, else those that came with the page."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
 from hfdiff import AnnealedLangevinScheduler, ClassifierGuidedPipeline, NCSNPipeline
+from hfdiff.pipelines.hub_download import bundled_source
 
-HERE = Path(__file__).resolve().parent
 OPTIONS = ("default_guidance_scale",)  # what pipelines are made with besides components
 OTHER_SCHEDULERS = {
     "DDIM": diffusers.DDIMScheduler,
@@ -82,15 +81,15 @@ def open_pipelines() -> tuple[Opened, Opened]:
 
 
 def _open(kind: Any, variable: str, usual: str) -> Opened:
-    """The pipeline that a variable names, else that of a usual name: the Hub's, or the bundled one."""
-    wanted = os.environ.get(variable) or f"hfdiff/{usual}"
-    try:
-        return Opened(_on_device(kind.from_pretrained(wanted)), wanted, "")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-    bundled = next(path for path in (HERE / "pipelines", HERE.parent.parent / "pipelines") if path.is_dir()) / usual
-    note = f"`{wanted}` did not open, so this page draws with the pipeline that came with it. ({reason})"
-    return Opened(_on_device(kind.from_pretrained(bundled)), f"pipelines/{usual}", note)
+    """The pipeline that a variable names, else the one that came with the page, of which the Hub is not asked."""
+    bundled, wanted, note = f"hfdiff/{usual}", os.environ.get(variable), ""
+    if wanted:
+        try:
+            return Opened(_on_device(kind.from_pretrained(wanted)), wanted, "")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            note = f"`{wanted}` did not open, so this page draws with the pipeline that came with it. ({reason})"
+    return Opened(_on_device(kind.from_pretrained(bundled_source(bundled))), bundled, note)
 
 
 def _on_device(pipe: Any) -> Any:

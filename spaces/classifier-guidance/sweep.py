@@ -7,10 +7,12 @@ import gradio as gr
 import pandas as pd
 import torch
 from checks import MOST_SEED, MOST_STEPS, choice, scales, whole
-from drawing import Frame, generators
+from drawing import Frame
 from exhibit import Exhibit, seed_control
 from film import Panel, color_map
 from guided import CURVES, curves, opening_lines
+
+from hfdiff.sampling import image_generator
 
 OFFERED = ["0", "1", "2", "4", "8", "16", "32", "64"]
 
@@ -70,7 +72,7 @@ class Sweep(Exhibit):
             "class_labels": [self.opened.classes[settings.label]] * count,
             "guidance_scale": torch.tensor(settings.scales),
             "num_inference_steps": settings.steps,
-            "generator": generators([settings.seed] * count),
+            "generator": [image_generator(settings.seed, 0) for _ in range(count)],
         }
 
     def snippet(self, settings: Settings) -> str:
@@ -80,7 +82,7 @@ images = pipe(
     [{self.opened.classes[settings.label]!r}] * len(scales),
     guidance_scale=scales,
     num_inference_steps={settings.steps},
-    generator=[torch.Generator().manual_seed({settings.seed}) for _ in scales],
+    generator=[image_generator({settings.seed}, 0) for _ in scales],
 ).images
 """
 

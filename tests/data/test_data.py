@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
+from hfdiff.data.image_source import images_in_memory, open_images
 from hfdiff.data.images import ImageSet, gather, to_pixels
 from hfdiff.data.labelled import LabelledImages, load_images
 from hfdiff.training.augmentation import Augmentation, random_shift
@@ -340,3 +341,12 @@ def test_validation_data_must_be_other_images_of_the_same_kind(tmp_path: Path) -
 def test_random_crops_need_a_resolution() -> None:
     with pytest.raises(ValueError, match=r"center_crop.*resolution"):
         TrainingSettings(center_crop=False)
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 8, 8), (6, 3, 8, 8)])
+def test_an_npz_of_channels_first_says_where_they_are(tmp_path, shape):
+    np.savez(tmp_path / "samples.npz", np.zeros(shape, dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"its channels are on axis 1: save `images.transpose\(0, 2, 3, 1\)`"):
+        open_images(tmp_path / "samples.npz")
+    with pytest.raises(ValueError, match=r"its channels are on axis 3: save `images.permute\(0, 3, 1, 2\)`"):
+        images_in_memory(np.zeros(shape, dtype=np.uint8).transpose(0, 2, 3, 1))

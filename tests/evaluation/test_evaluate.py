@@ -151,9 +151,22 @@ def test_extrapolation_stands_beside_the_distance_of_few_images(corner):
         samples, reference = images_in_memory(SAMPLES[:count]), Reference(images_in_memory(REAL))
         report = evaluate(samples, reference, corner, ["fid", "is"], SETTINGS)
         assert list(report.metrics) == expected
-        assert len(report.warnings) == (count < 20)
+        assert len(report.warnings) == (count < 20) + (report.metrics.get("fid_infinity", 0) is None)
     asked = evaluate(images_in_memory(SAMPLES[:19]), reference, corner, ["fid_infinity", "fid"], SETTINGS)
     assert list(asked.metrics) == ["fid_infinity", "fid"]
+
+
+def test_a_distance_below_zero_is_not_told(corner):
+    """The same images twice: their distance is 0, and the unbiased estimate of it falls on either side."""
+    reference = Reference(images_in_memory(SAMPLES[:12]))
+    samples = images_in_memory(SAMPLES[:12])
+    settings = [replace(SETTINGS, seed=seed) for seed in range(4)]
+    told = [evaluate(samples, reference, corner, ["fid_infinity"], each) for each in settings]
+    below = [report for report in told if report.metrics["fid_infinity"] is None]
+    assert below
+    assert "fid_infinity  not estimated" in below[0].to_table()
+    assert any("not estimated, since the line" in warning for warning in below[0].warnings)
+    assert json.loads(below[0].to_json())["metrics"] == {"fid_infinity": None}
 
 
 def test_samples_sorted_by_class_and_other_sizes_are_warned_of():
@@ -240,7 +253,9 @@ def test_command_prints_a_table_and_writes_the_report(folder, tmp_path, capsys):
     inputs = ("--samples", folder / "samples.npz", "--reference", folder / "real")
     run(folder, *inputs, "--metrics", ",".join(METRICS), "--output", tmp_path / "report.json")
     printed = capsys.readouterr()
-    assert [line.split()[0] for line in printed.out.splitlines()] == list(METRICS)
+    *table, last = printed.out.splitlines()
+    assert [line.split()[0] for line in table] == list(METRICS)
+    assert last == f"{tmp_path / 'report.json'}: the report"
     assert "images are few" in printed.err
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["reference"] == {"source": str(folder / "real"), "num_images": 50}
@@ -253,7 +268,7 @@ def test_command_keeps_statistics_for_the_next_time(folder, tmp_path, capsys):
     run(folder, "--samples", samples, "--reference", statistics, "--metrics", "fid,sfid")
     run(folder, "--samples", samples, "--reference", folder / "real", "--metrics", "fid,sfid")
     first, *tables = capsys.readouterr().out.splitlines()
-    assert first == f"statistics of 50 images: {statistics}"
+    assert first == f"{statistics}: statistics of 50 images"
     assert tables[:2] == tables[2:]
 
 
@@ -262,11 +277,11 @@ def test_command_refuses_bad_input_without_a_number(folder, tmp_path, capsys):
     real, samples = ("--reference", folder / "real"), ("--samples", folder / "samples.npz")
     for arguments, message in [
         (("--samples", tmp_path / "empty", *real), "at least 2 images"),
-        (real, "`--samples`"),
+        (real, "`samples`"),
         ((*samples, *real, "--output", "report.txt"), "json or .md"),
         ((*samples, *real, "--batch_size", 0), "batch_size"),
         ((*real, "--save_statistics", "real.pt"), "npz"),
-        ((*samples, "--save_statistics", "real.npz"), "--reference"),
+        ((*samples, "--save_statistics", "real.npz"), "`reference`"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(folder, *arguments)

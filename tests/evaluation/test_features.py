@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from hfdiff import NoisyClassifier
-from hfdiff.evaluation.features import ImageFeatures, ModuleFeatures, first_channels, load_features, match_channels
+from hfdiff.evaluation.features import ImageFeatures, ModuleFeatures, first_channels, match_channels
 from hfdiff.evaluation.inception import InceptionFeatures
+from hfdiff.evaluation.networks import load_features
 
 
 def images(channels=3, size=8, count=4):

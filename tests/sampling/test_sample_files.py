@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_other_folders_are_refused(opened, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             draw_samples(sampler(opened, **changes), tmp_path / "set", ALONE)
-    retrained = Sampler(opened._replace(sha256="0123"), sampler(opened).settings)
+    retrained = Sampler(replace(opened, sha256="0123"), sampler(opened).settings)
     with pytest.raises(ValueError, match="`pipeline_sha256` was"):
         draw_samples(retrained, tmp_path / "set", ALONE)
     (tmp_path / "mine").mkdir()

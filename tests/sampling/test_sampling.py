@@ -10,8 +10,9 @@ from tiny_models import make_pipeline
 
 from hfdiff import AnnealedLangevinScheduler, NCSNPipeline, NCSNv2Model
 from hfdiff.sampling.opening import open_pipeline
-from hfdiff.sampling.sampler import Sampler, image_generator
+from hfdiff.sampling.sampler import Sampler, one_thread
 from hfdiff.sampling.settings import SamplingSettings
+from hfdiff.sampling.streams import image_generator
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,8 @@ def test_one_thread_whatever_is_set(guided):
     threads = torch.get_num_threads()
     seen = []
     handle = guided.pipe.unet.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
-    Sampler(guided, settings()).draw(0)
+    with one_thread():
+        Sampler(guided, settings()).draw(0)
     handle.remove()
     assert set(seen) == {1}
     assert torch.get_num_threads() == threads
@@ -154,7 +156,7 @@ def test_one_thread_whatever_is_set(guided):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_images": 1}, "`num_images` must be at least 2"),
+        ({"num_images": 0}, "`num_images` must be at least 1"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1"),
         ({"seed": -1}, "`seed`"),
         ({"sampling_batch_size": 0}, "`sampling_batch_size`"),
