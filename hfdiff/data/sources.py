@@ -9,8 +9,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+from huggingface_hub import HfApi, constants
 from PIL import Image
 from torch import Tensor
+
+from ..pipelines.hub_download import speaking
 
 DIGITS = "digits"
 NUM_DIGITS_TO_TRAIN = 1500  # of scikit-learn's 1,797; the later ones are of other writers
@@ -50,8 +53,10 @@ def open_dataset(source: str, split: str, config_name: str | None = None) -> Dat
             raise ValueError(f"a file must be one of {', '.join(FILES)}")
         elif any((path / name).is_file() for name in SAVED):
             dataset = _pick_split(load_from_disk(source), split)
-        elif path.is_dir() or _may_be_hub_id(source):
+        elif path.is_dir():
             dataset = load_dataset(source, config_name, split=split)
+        elif _may_be_hub_id(source):
+            dataset = _load_from_hub(source, config_name, split)
         else:
             raise ValueError("there is no such file or folder")
         if not len(dataset):
@@ -71,11 +76,34 @@ def _may_be_hub_id(source: str) -> bool:
     return source.count("/") < 2 and not source.startswith((".", "/", "~")) and Path(source).suffix not in FILES
 
 
+def _load_from_hub(source: str, config_name: str | None, split: str) -> Dataset:
+    """A dataset of the Hub, from the cache where the Hub cannot be reached.
+
+    The Hub is asked for it first, since `load_dataset` tries again for half a minute.
+    """
+    usual = datasets.config.HF_HUB_OFFLINE
+    problem = ConnectionError("the cache lacks it, and offline the Hub is not asked.")
+    try:
+        if not usual:
+            with speaking(source):
+                HfApi().dataset_info(source, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except ConnectionError as error:
+        datasets.config.HF_HUB_OFFLINE, problem = True, error
+    try:
+        return load_dataset(source, config_name, split=split)
+    except ConnectionError:
+        raise problem from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = usual
+
+
 @contextmanager
 def _one_line(source: str) -> Iterator[None]:
     """Turns the many errors of opening a dataset into one line."""
     try:
         yield
+    except (ConnectionError, PermissionError) as error:
+        raise ValueError(f"The dataset {source!r} cannot be had: {error}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".!")
         raise ValueError(

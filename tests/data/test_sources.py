@@ -1,5 +1,7 @@
 import io
 
+import datasets
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from datasets import Dataset
 from PIL import Image
 
 from hfdiff.data.image_source import images_in_memory, open_images
+from hfdiff.data.sources import open_dataset
 
 
 @pytest.fixture
@@ -146,3 +149,25 @@ def test_broken_npz_files_are_refused(pixels, tmp_path):
     path.write_bytes(content[:400])
     with pytest.raises(ValueError, match=r"images\.npz.*cannot be read"):
         open_images(path)
+
+
+@pytest.mark.parametrize(("offline", "reason"), [(False, "The connection to the Hub"), (True, "the cache lacks it")])
+def test_a_dataset_of_a_hub_that_does_not_answer_is_refused_at_once(monkeypatch, offline, reason):
+    """Not after the half a minute that `load_dataset` tries for, and not as a wrong name."""
+    asked = []
+
+    def refuse(self, name, **options):
+        asked.append(name)
+        raise httpx2.ConnectError("Name or service not known")
+
+    def load(source, config_name, split):
+        assert datasets.config.HF_HUB_OFFLINE
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    monkeypatch.setattr("hfdiff.data.sources.load_dataset", load)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
+    with pytest.raises(ValueError, match=f"dataset 'nobody/nothing' cannot be had: {reason}"):
+        open_dataset("nobody/nothing", "train")
+    assert asked == ([] if offline else ["nobody/nothing"])
+    assert datasets.config.HF_HUB_OFFLINE is offline
