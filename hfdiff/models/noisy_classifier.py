@@ -3,6 +3,7 @@
 Time runs from clean to noisy: `timestep` 0 is almost clean, `num_train_timesteps - 1` almost pure noise.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         dropout: dropout probability inside residual blocks.
         norm_num_groups: groups of each group normalisation.
         id2label: name of each class; keys are class indices.
+        guidance_scale: w at which it guides best, a pipeline's default.
         noise_schedule: config of the noise the classifier was trained on (`num_train_timesteps`, `beta_schedule`,
             `beta_start`, `beta_end`, `trained_betas`); a pipeline refuses a scheduler with other noise levels.
 
@@ -83,6 +85,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         norm_num_groups: int = 32,
         id2label: dict[int, str] | None = None,
         noise_schedule: dict[str, Any] | None = None,
+        guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         widths = [int(mult * model_channels) for mult in channel_mult]
@@ -149,6 +152,9 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
                     f"`norm_num_groups` must divide every level's width, got {config.norm_num_groups} for {width} "
                     "channels; lower it or change `model_channels`."
                 )
+        scale = config.guidance_scale
+        if scale is not None and not 0 <= scale < math.inf:
+            raise ValueError(f"`guidance_scale` must be finite and at least 0, got {scale}.")
         labels = config.id2label
         if labels is not None and sorted(int(key) for key in labels) != list(range(config.num_classes)):
             raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def log_likelihood(logits: Tensor, class_labels: Tensor) -> Tensor:
@@ -42,13 +42,21 @@ def classifier_gradient(
         g, of the sample's shape and dtype; no graph is kept.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        xt = sample.detach().clone().requires_grad_()
-        output = classifier(xt, timestep)
+        # Tensors made in inference mode cannot be saved for the backward pass; their copies can.
+        xt, class_labels = sample.detach().clone().requires_grad_(), class_labels.clone()
+        timestep = timestep.clone() if isinstance(timestep, Tensor) else timestep
+        output = classifier(xt.to(_dtype(classifier, xt)), timestep)
         logits = output if isinstance(output, Tensor) else output.logits
         (gradient,) = torch.autograd.grad(log_likelihood(logits, class_labels).sum(), xt)
     if isinstance(guidance_scale, Tensor):
         guidance_scale = guidance_scale.to(gradient).view(-1, *[1] * (gradient.ndim - 1))
     return guidance_scale * gradient
+
+
+def _dtype(classifier: Any, xt: Tensor) -> torch.dtype:
+    """The dtype of a module's parameters, which is that of its input."""
+    parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
+    return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), xt.dtype)
 
 
 def shift_mean(mean: Tensor, variance: Tensor | float, gradient: Tensor) -> Tensor:

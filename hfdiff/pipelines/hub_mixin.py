@@ -1,11 +1,13 @@
 """Opening, saving and publishing, which all pipelines have in common."""
 
+import inspect
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .components import is_of
 from .hub_download import OPTIONS, fetch
 from .portable import PACKAGE, add_code, use_imported
 
@@ -66,11 +68,52 @@ class HubMixin(Base):
             push_to_hub: publish it, too, as `repo_id`, by default the folder's name.
             kwargs: those of `push_to_hub`.
         """
+        self._check_savable()
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         add_code(save_directory, type(self))
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.push_to_hub(repo_id, variant=variant, **kwargs)
+
+    def _check_savable(self) -> None:
+        """Refuses components that would be left out of a folder, or could not be opened from it.
+
+        Raises:
+            ValueError: for the first of them.
+        """
+        for name, module in self.components.items():
+            original = getattr(module, "_orig_mod", module)  # what `torch.compile` wraps
+            if not isinstance(original, nn.Module):
+                continue
+            adapters = getattr(original, "_hf_peft_config_loaded", False) or is_of(original, "peft")
+            if adapters or not (is_of(original, "diffusers") or is_of(original, "transformers")):
+                remedy = "merge its adapters first" if adapters else "make it a diffusers.ModelMixin with a config"
+                raise ValueError(
+                    f"`{name}` cannot be saved, got {type(original).__name__}"
+                    f"{' with adapters that are not merged' if adapters else ''}; {remedy}."
+                )
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
+        """A pipeline of another one's components and settings, without a copy of the weights.
+
+        Args:
+            pipeline: any that has the components, like diffusers' DDPMPipeline.
+            components: those to take instead, or that it lacks, like `classifier`.
+
+        Raises:
+            ValueError: when one is missing.
+        """
+        wanted = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        found = {parameter.name: None for parameter in wanted if parameter.name in cls._optional_components}
+        found |= {p.name: pipeline.config[p.name] for p in wanted if p.default is None and p.name in pipeline.config}
+        found |= {name: part for name, part in pipeline.components.items() if name in {p.name for p in wanted}}
+        missing = [p.name for p in wanted if p.default is p.empty and p.name not in {**found, **components}]
+        if missing:
+            raise ValueError(
+                f"`pipeline` must have {', '.join(missing)}, got a {type(pipeline).__name__}; give `{missing[0]}=`."
+            )
+        return cls(**{**found, **components})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Publishes the pipeline with its code and its card: [`hfdiff.hub.push`], whose arguments it takes.

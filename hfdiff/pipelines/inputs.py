@@ -71,8 +71,8 @@ def check_guidance_scale(scale: Any, batch_size: int) -> float | Tensor:
     values = torch.as_tensor(scale) if isinstance(scale, Real | Tensor) else None
     if values is None or isinstance(scale, bool) or values.dtype == torch.bool or values.is_complex():
         raise ValueError(
-            "`guidance_scale` must be a number, a tensor of one number per image, or a callable of the progress that "
-            f"returns either, got {scale!r}."
+            "`guidance_scale` must be a number, a tensor of one number per image, or a function of progress that "
+            f"gives either, got {scale!r}."
         )
     if values.ndim and values.shape != (batch_size,):
         raise ValueError(
@@ -86,6 +86,27 @@ def check_guidance_scale(scale: Any, batch_size: int) -> float | Tensor:
     return values.float() if values.ndim else float(values)
 
 
+def scale_at(progress: float, guidance_scale: Any, batch_size: int) -> float | Tensor:
+    """The checked scale of a step; a float 0 where no image is guided."""
+    scale = guidance_scale(progress) if callable(guidance_scale) else guidance_scale
+    scale = check_guidance_scale(scale, batch_size)
+    return 0.0 if isinstance(scale, Tensor) and not scale.any() else scale
+
+
+def check_batch_size(batch_size: Any, labels: Tensor | None) -> int:
+    """How many images: as many as labels, or `batch_size`, an integer of at least 1, where there are none."""
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+    if labels is None:
+        return int(batch_size)
+    if batch_size not in (1, len(labels)):
+        raise ValueError(
+            f"`batch_size` must be left out where there are class labels, one for each image, got {batch_size} for "
+            f"{len(labels)} labels."
+        )
+    return len(labels)
+
+
 def check_generator(generator: Any, batch_size: int) -> None:
     """Refuses anything but None, a generator, or a list of one per image."""
     generators = generator if isinstance(generator, list | tuple) else [generator]
@@ -93,8 +114,8 @@ def check_generator(generator: Any, batch_size: int) -> None:
         raise ValueError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
     if isinstance(generator, list | tuple) and len(generator) != batch_size:
         raise ValueError(
-            f"`generator` must have one generator per class label, got {len(generator)} for {batch_size} labels; "
-            "give as many of one as of the other, or a single generator."
+            f"`generator` must have one generator per image, got {len(generator)} for {batch_size} images; give as "
+            "many, or a single generator."
         )
 
 
@@ -103,13 +124,15 @@ def check_latents(latents: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtyp
     if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
         came = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         raise ValueError(
-            f"`latents` must be a tensor of shape {shape}: one per class label, with the UNet's channels and size; "
+            f"`latents` must be a tensor of shape {shape}: one per image, with the UNet's channels and size; "
             f"got {came}."
         )
     if latents.dtype not in dtypes:
         raise ValueError(
             f"`latents` must have dtype {dtypes[0]}, got {latents.dtype}; convert them with `latents.to({dtypes[0]})`."
         )
+    if not latents.isfinite().all():
+        raise ValueError("`latents` must be finite, got NaN or infinity; draw unit normal noise.")
 
 
 def label_tensor(class_labels: Labels, num_classes: int | None, id2label: dict[int, str]) -> Tensor:

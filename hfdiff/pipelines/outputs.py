@@ -29,6 +29,19 @@ def draws_from_zero(model: Any) -> bool:
     return getattr(model, "config", {}).get("rescaled") is False
 
 
+def check_finite(latents: Tensor) -> None:
+    """Refuses samples that are no images.
+
+    Raises:
+        ValueError: for NaN or infinity.
+    """
+    if not latents.isfinite().all():
+        raise ValueError(
+            "The samples are not finite, got NaN or infinity; check the models' weights, their dtype and the guidance "
+            "scale."
+        )
+
+
 def format_images(images: Tensor, output_type: str) -> Any:
     """Images (B, C, H, W), clamped to [0, 1], as "pt", "np" (B, H, W, C) or "pil"."""
     images = images.clamp(0, 1)

@@ -4,10 +4,7 @@ Dhariwal & Nichol, "Diffusion Models Beat GANs on Image Synthesis", 2021, sectio
 image; *progress* runs the same way, from 0 at the first step to 1 at the last.
 """
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,28 +12,25 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, Schedu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from .components import check_components, config_of, floats_of
 from .gaussian import clip_x0_, convert, from_x0, to_x0
 from .guidance import classifier_gradient, shift_epsilon
 from .hub_mixin import HubMixin
 from .inputs import (
     Labels,
+    check_batch_size,
     check_choice,
     check_generator,
     check_guidance_interval,
-    check_guidance_scale,
     check_latents,
-    check_num_inference_steps,
-    has_noise_levels,
     label_tensor,
-    most_steps,
+    scale_at,
 )
 from .optimization import optimize_module
-from .outputs import CALLBACK_TENSORS, OUTPUT_TYPES, StepCallback, draws_from_zero, format_images
+from .outputs import CALLBACK_TENSORS, OUTPUT_TYPES, StepCallback, check_finite, draws_from_zero, format_images
+from .steps import alpha_bar_at, scheduler_guides, set_timesteps, step_options, unclipped
 
-GUIDANCE_MODES = ("auto", "mean_shift", "score_shift")
-SCORE_PREDICTIONS = ("epsilon", "sample", "v_prediction")  # the model outputs a score shift can be made in
 VARIANCE_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler")  # those that read a learned variance
-OWN_CLIPS = ("clip_sample", "thresholding")  # a scheduler's switches of its own clipping of x_0
 
 Scale = float | Tensor
 
@@ -52,12 +46,15 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     Args:
         unet: predicts from (x_t, t), (B, C, H, W); a UNet with class embeddings is given the labels too, as the
             paper's class-conditional models are.
-        classifier: [`NoisyClassifier`], or any module that maps (x_t, t) to logits (B, K).
+        classifier: [`NoisyClassifier`], or any module that maps (x_t, t) to logits (B, K); None draws unguided, by
+            class where the UNet has class embeddings.
         scheduler: any diffusers scheduler with the noise levels both were trained on; swap it by `from_config`.
-        default_guidance_scale: w where a call gives none.
+        default_guidance_scale: w where a call gives none; by default the classifier's own, its config's
+            `guidance_scale`, or 1.
+        id2label: names of the classes of a class-conditional UNet; a classifier's own come first.
 
     Raises:
-        ValueError: when the classifier was made for other images or noise levels than the UNet and the scheduler.
+        ValueError: when the parts were made for other images, classes or noise levels.
     """
 
     unet: Any
@@ -65,20 +62,29 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     scheduler: Any
 
     model_cpu_offload_seq = "unet->classifier"
+    _optional_components: ClassVar[list[str]] = ["classifier"]
     _callback_tensor_inputs: ClassVar[list[str]] = CALLBACK_TENSORS
 
     def __init__(
-        self, unet: ModelMixin, classifier: ModelMixin, scheduler: SchedulerMixin, default_guidance_scale: float = 1.0
+        self,
+        unet: ModelMixin,
+        classifier: nn.Module,
+        scheduler: SchedulerMixin,
+        default_guidance_scale: float | None = None,
+        id2label: dict[int, str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, classifier=classifier, scheduler=scheduler)
-        self.register_to_config(default_guidance_scale=default_guidance_scale)
-        self._check_components()
+        self.register_to_config(default_guidance_scale=default_guidance_scale, id2label=id2label)
+        if default_guidance_scale is not None and isinstance(classifier, ModelMixin):
+            classifier.register_to_config(guidance_scale=default_guidance_scale)  # the scale belongs to the weights
+        self._interrupt = False
+        check_components(self.unet, self.classifier, self.scheduler, self.id2label)
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Labels,
+        class_labels: Labels | None = None,
         guidance_scale: Scale | Callable[[float], Scale] | None = None,
         num_inference_steps: int = 50,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -89,64 +95,69 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
         output_type: str = "pil",
         return_dict: bool = True,
+        eta: float = 0.0,
+        timesteps: Sequence[int] | None = None,
+        respacing: str | None = None,
+        batch_size: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draws one image per class label.
+        """Draws one image per class label, or unguided images where there are no labels.
 
         Args:
-            class_labels: a class index or name (of the classifier's `id2label`), a sequence or (B,) tensor of them, or
-                a (B, K) tensor of class probabilities.
-            guidance_scale: w ≥ 0: one for all, a (B,) tensor, or a callable that maps progress in [0, 1] to either.
-                0 is off: the classifier is not run. Default: the pipeline's `default_guidance_scale`.
+            class_labels: a class index or name (of `id2label`), a sequence or (B,) tensor of them, or a (B, K) tensor
+                of class probabilities; None draws `batch_size` images unguided.
+            guidance_scale: w ≥ 0: one for all, a (B,) tensor, or a function of progress (0 at the first step, 1 at the
+                last) that gives either. 0 is off: the classifier is not run. Default: `default_guidance_scale`.
             num_inference_steps: model calls (of schedulers of first order).
             generator: source of all noise; a list of one per image makes each image independent of its batch.
             guidance_interval: (start, end), the part of the progress that is guided, ends included.
             guidance_mode: "mean_shift", "score_shift", or "auto": the mean where the scheduler can shift it.
             latents: unit normal noise to start from, (B, C, H, W).
             callback_on_step_end: called with (pipeline, step index, timestep, tensors) after each step; returns a
-                dictionary, whose `latents`, if any, the next step goes on with.
+                dictionary, whose `latents`, if any, the next step goes on with. Setting the pipeline's `_interrupt`
+                ends the sampling.
             callback_on_step_end_tensor_inputs: names of the tensors it is given: "latents", which the step gave;
                 "model_input", x_t as the models saw it; "pred_original_sample", the x_0 that the step aimed at.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent", x_0 as sampled.
             return_dict: return an `ImagePipelineOutput` instead of a tuple.
+            eta: η of DDIM, from 0, deterministic, to 1, for schedulers whose `step` takes it.
+            timesteps: the steps themselves, descending, in place of their number, where the scheduler takes them.
+            respacing: OpenAI's "250", "10,15,20" or "ddim25", in place of their number, for hfdiff's DDPMScheduler.
+            batch_size: how many images, where there are no labels to count.
 
         Raises:
-            ValueError: for an argument out of its range, before any model runs.
+            ValueError: for an argument out of its range, before any model runs; for images that are not finite.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         start, end = check_guidance_interval(guidance_interval)
-        check_num_inference_steps(num_inference_steps, most_steps(self.scheduler))
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
-        self._check_components()
-        scheduler_guides = self._scheduler_guides(guidance_mode)
-        labels = label_tensor(class_labels, _config(self.classifier, "num_classes"), self._id2label).to(self._device)
-        self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
-        check_generator(generator, len(labels))
-        latents = self._initial_noise(len(labels), generator, latents)
-
-        self.scheduler.set_timesteps(num_inference_steps, device=self._device)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        progress = torch.linspace(0, 1, len(timesteps), dtype=torch.float64).tolist()
-        for point in progress:
-            _scale_at(point, self._guidance_scale, len(labels))
+        check_components(self.unet, self.classifier, self.scheduler, self.id2label)
+        guides = scheduler_guides(self.scheduler, guidance_mode) if self.classifier is not None else False
+        labels = self._labels(class_labels, guidance_scale)
+        count = check_batch_size(batch_size, labels)
+        self._guidance_scale = self._choose_scale(guidance_scale, labels)
+        check_generator(generator, count)
+        latents = self._initial_noise(count, generator, latents)
+        options = step_options(self.scheduler, generator, eta)
+        steps = set_timesteps(self.scheduler, self._execution_device, num_inference_steps, timesteps, respacing)
+        self._num_timesteps, self._interrupt = len(steps), False
+        progress = torch.linspace(0, 1, len(steps), dtype=torch.float64).tolist()
+        scales = [scale_at(point, self._guidance_scale, count) for point in progress]
+        scales = [scale if start <= point <= end else 0.0 for point, scale in zip(progress, scales)]
         latents = latents * self.scheduler.init_noise_sigma
-        options = {"generator": generator} if "generator" in _parameters(self.scheduler.step) else {}
 
-        for i, t in enumerate(self.progress_bar(timesteps)):
+        for i, t in enumerate(self.progress_bar(steps)):
             xt = self.scheduler.scale_model_input(latents, t)
             output = self._predict(xt, t, labels)
-            guided = start <= progress[i] <= end
-            scale = _scale_at(progress[i], self._guidance_scale, len(labels)) if guided else 0.0
-            if isinstance(scale, float) and scale == 0:
+            if labels is None or (isinstance(scales[i], float) and scales[i] == 0):
                 step = self.scheduler.step(output, t, latents, **options)
             else:
-                gradient = classifier_gradient(self.classifier, xt, t, labels, scale)
-                if scheduler_guides:
+                gradient = classifier_gradient(self.classifier, xt, t, labels, scales[i])
+                if guides:
                     step = self.scheduler.step(output, t, latents, guidance=gradient, **options)
                 else:
-                    output = self._shift_score(output, xt, self._alpha_bar(i, t), gradient)
-                    with _unclipped(self.scheduler):
+                    output = self._shift_score(output, xt, alpha_bar_at(self.scheduler, i, t), gradient)
+                    with unclipped(self.scheduler):
                         step = self.scheduler.step(output, t, latents, **options)
             latents = step.prev_sample
             if callback_on_step_end is not None:
@@ -155,8 +166,11 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
                     tensors["pred_original_sample"] = self._predicted_x0(step, output, xt, i, t)
                 tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
+            if self._interrupt:
+                break
 
         self.maybe_free_model_hooks()
+        check_finite(latents)
         images: Any = latents
         if output_type != "latent":
             images = format_images(latents if draws_from_zero(self.unet) else latents / 2 + 0.5, output_type)
@@ -169,15 +183,16 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         scheduler stay in float32. The first call for each batch size compiles, which takes up to a minute.
         """
         for module in (self.unet, self.classifier):
-            optimize_module(module, self._device)
+            if module is not None:
+                optimize_module(module, self._execution_device)
         return self
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def _predict(self, xt: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def _predict(self, xt: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The UNet's output in the latents' dtype, without a learned variance that the scheduler would not read."""
-        condition = {} if _config(self.unet, "num_class_embeds") is None else {"class_labels": labels}
-        output = self.unet(xt.to(_dtype(self.unet)), t, **condition).sample.to(xt.dtype)
+        condition = {} if config_of(self.unet, "num_class_embeds") is None else {"class_labels": labels}
+        output = self.unet(xt.to(floats_of(self.unet).dtype), t, **condition).sample.to(xt.dtype)
         return output if type(self.scheduler).__name__ in VARIANCE_SCHEDULERS else output[:, : xt.shape[1]]
 
     def _predicted_x0(self, step: Any, output: Tensor, xt: Tensor, index: int, timestep: Tensor) -> Tensor:
@@ -186,7 +201,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         if x0 is not None:
             return x0
         output, kind = output[:, : xt.shape[1]], self.scheduler.config.prediction_type
-        return to_x0(output, xt, self._alpha_bar(index, timestep), kind)
+        return to_x0(output, xt, alpha_bar_at(self.scheduler, index, timestep), kind)
 
     def _shift_score(self, output: Tensor, xt: Tensor, alpha_bar: float, gradient: Tensor) -> Tensor:
         """Algorithm 2: the model output, of the scheduler's prediction type, with its noise shifted by the gradient.
@@ -200,31 +215,79 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         eps = shift_epsilon(from_x0(x0, xt, alpha_bar, "epsilon"), alpha_bar, gradient)
         return torch.cat([convert(eps, xt, alpha_bar, "epsilon", kind), variance], dim=1)
 
-    def _alpha_bar(self, index: int, timestep: Tensor) -> float:
-        """ᾱ of what the model is given at a step.
+    # --- what a call is given ----------------------------------------------------------------------------------------
 
-        A scheduler with `sigmas` has σ = √((1-ᾱ)/ᾱ) for each step, whether it works in x_t or, scaling the model's
-        input by √ᾱ, in x_0 + σ ε. The others have ᾱ for each timestep of training.
-        """
-        scheduler = self.scheduler
-        if getattr(scheduler, "sigmas", None) is None:
-            return float(scheduler.alphas_cumprod[int(timestep)])
-        if getattr(scheduler, "state_in_first_order", True):
-            return 1 / (1 + float(scheduler.sigmas[index]) ** 2)
-        return float(scheduler.scale_model_input(torch.ones(()), timestep)) ** 2  # between two levels of `sigmas`
+    def _labels(self, class_labels: Labels | None, guidance_scale: Any) -> Tensor | None:
+        """The labels on the device; None for unguided images of a UNet without classes."""
+        conditional = config_of(self.unet, "num_class_embeds") is not None
+        if class_labels is None:
+            if conditional:
+                raise ValueError(
+                    "`class_labels` must be given, got None: the UNet is class-conditional; ask for some of its "
+                    f"{self.num_classes} classes."
+                )
+            if guidance_scale is not None and not (isinstance(guidance_scale, int | float) and guidance_scale == 0):
+                raise ValueError(
+                    f"`class_labels` must be given to be guided to, got None with a `guidance_scale` of "
+                    f"{guidance_scale!r}; name classes, or leave the scale out for unguided images."
+                )
+            return None
+        if self.classifier is None and not conditional:
+            raise ValueError(
+                f"`class_labels` needs a classifier, or a UNet with class embeddings, got {class_labels!r} without; "
+                "open the pipeline with `classifier=`, or leave the labels out for unguided images."
+            )
+        labels = label_tensor(class_labels, self.num_classes, self.id2label)
+        if conditional and labels.is_floating_point():
+            raise ValueError(
+                "`class_labels` must be classes, one per image, for a class-conditional UNet, whose embeddings do not "
+                f"mix, got probabilities of shape {tuple(labels.shape)}; give indices or names."
+            )
+        return labels.to(self._execution_device)
+
+    def _choose_scale(self, guidance_scale: Any, labels: Tensor | None) -> Any:
+        """w of a call: the one given, or the default one, where there is something to be guided by."""
+        if labels is None or (self.classifier is None and guidance_scale is None):
+            return 0.0
+        if self.classifier is None and guidance_scale != 0:
+            raise ValueError(
+                f"`guidance_scale` needs a classifier, got {guidance_scale!r} without; open the pipeline with "
+                "`classifier=`, or leave the scale out."
+            )
+        return self.default_guidance_scale if guidance_scale is None else guidance_scale
 
     def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
-        size = _config(self.unet, "sample_size")
+        size = config_of(self.unet, "sample_size")
         size = (size, size) if isinstance(size, int) else tuple(size)
-        shape = (batch_size, _config(self.unet, "in_channels"), *size)
-        model_dtype = _dtype(self.unet)
+        shape = (batch_size, config_of(self.unet, "in_channels"), *size)
+        model_dtype = floats_of(self.unet).dtype
         dtype = torch.promote_types(model_dtype, torch.float32)
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
         check_latents(latents, shape, (dtype, model_dtype))
-        return latents.to(self._device, dtype)
+        return latents.to(self._execution_device, dtype)
 
     # --- what the components are -------------------------------------------------------------------------------------
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """w where a call gives none: the pipeline's own, else the classifier's, else 1."""
+        scales = (self.config.default_guidance_scale, config_of(self.classifier, "guidance_scale"))
+        return next((scale for scale in scales if scale is not None), 1.0)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes: the classifier's, else the pipeline's own; empty where they have none."""
+        names = config_of(self.classifier, "id2label") or self.config.id2label or {}
+        return {int(index): str(name) for index, name in names.items()}
+
+    @property
+    def num_classes(self) -> int | None:
+        """K; None where neither classifier nor UNet says."""
+        counts = (config_of(self.classifier, "num_classes"), config_of(self.unet, "num_class_embeds"))
+        if self.classifier is None and self.config.id2label:
+            return len(self.config.id2label)
+        return next((count for count in counts if count is not None), None)
 
     @property
     def guidance_scale(self) -> Scale | Callable[[float], Scale]:
@@ -237,104 +300,27 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         return self._num_timesteps
 
     @property
-    def _device(self) -> torch.device:
-        return self._execution_device if isinstance(self.unet, ModelMixin) else _reference(self.unet).device
+    def interrupt(self) -> bool:
+        """Whether the call that runs is to end after this step."""
+        return self._interrupt
 
     @property
-    def num_classes(self) -> int | None:
-        """K."""
-        return _config(self.classifier, "num_classes")
+    def device(self) -> torch.device:
+        """The UNet's; diffusers asks each component, but a plain module has none."""
+        return floats_of(self.unet).device
 
     @property
-    def default_guidance_scale(self) -> float:
-        """w."""
-        return self.config.default_guidance_scale
+    def dtype(self) -> torch.dtype:
+        """The UNet's."""
+        return floats_of(self.unet).dtype
 
-    @property
-    def id2label(self) -> dict[int, str]:
-        """Names."""
-        return self._id2label
-
-    @property
-    def _id2label(self) -> dict[int, str]:
-        return {int(index): str(name) for index, name in (_config(self.classifier, "id2label") or {}).items()}
-
-    def _scheduler_guides(self, guidance_mode: str) -> bool:
-        """Whether this scheduler's `step` follows a guidance mode by itself; if not, its score is shifted here."""
-        check_choice("guidance_mode", guidance_mode, GUIDANCE_MODES)
-        takes_guidance = "guidance" in _parameters(self.scheduler.step)
-        name = type(self.scheduler).__name__
-        own_mode = getattr(self.scheduler, "guidance_mode", "mean_shift") if takes_guidance else None
-        if own_mode is not None and guidance_mode in ("auto", own_mode):
-            return True
-        if guidance_mode == "mean_shift":
-            raise ValueError(
-                f'`guidance_mode` "mean_shift" needs a scheduler whose `step` shifts its mean, got {name}; use '
-                '"auto" or "score_shift", or hfdiff.DDPMScheduler.'
-            )
-        kind = _config(self.scheduler, "prediction_type")
-        if kind not in SCORE_PREDICTIONS or not hasattr(self.scheduler, "alphas_cumprod"):
-            raise ValueError(
-                f"`scheduler` must have noise levels ᾱ and a prediction type among {SCORE_PREDICTIONS} to shift its "
-                f"score, got {name} with {kind!r}; use another scheduler."
-            )
-        return False
-
-    def _check_components(self) -> None:
-        """Refuses a classifier made for other images or other noise than the UNet and the scheduler."""
-        if None in (self.unet, self.classifier, self.scheduler):
-            return
-        for name in ("sample_size", "in_channels"):
-            ours, theirs = _config(self.unet, name), _config(self.classifier, name)
-            if None not in (ours, theirs) and ours != theirs:
-                raise ValueError(
-                    f"`classifier` must have the UNet's {name}, {ours}, got {theirs}; use a classifier trained on the "
-                    "same images."
-                )
-        schedule = _config(self.classifier, "noise_schedule")
-        if schedule is None or not hasattr(self.scheduler, "alphas_cumprod"):
-            return
-        if not has_noise_levels(self.scheduler, schedule):
-            names = {name: _config(self.scheduler, name) for name in schedule}
-            raise ValueError(
-                f"`classifier` must be trained on the scheduler's noise levels, {names}, got {schedule}; make the "
-                "scheduler with `from_config(pipe.scheduler.config)`, or train a classifier for it."
-            )
-
-
-def _scale_at(progress: float, guidance_scale: Any, batch_size: int) -> Scale:
-    """The checked scale of a step; a float 0 where no image is guided."""
-    scale = guidance_scale(progress) if callable(guidance_scale) else guidance_scale
-    scale = check_guidance_scale(scale, batch_size)
-    return 0.0 if isinstance(scale, Tensor) and not scale.any() else scale
-
-
-@contextmanager
-def _unclipped(scheduler: Any) -> Iterator[None]:
-    """Switches off a scheduler's own clipping of x_0."""
-    clips = {name: True for name in OWN_CLIPS if _config(scheduler, name)}
-    scheduler.register_to_config(**dict.fromkeys(clips, False))
-    try:
-        yield
-    finally:
-        scheduler.register_to_config(**clips)
-
-
-def _config(component: Any, name: str) -> Any:
-    """An entry of a component's config, or None."""
-    config = getattr(component, "config", {})
-    return config.get(name) if hasattr(config, "get") else getattr(config, name, None)
-
-
-def _reference(module: nn.Module) -> Tensor:
-    """A floating tensor of the module, for its device and dtype."""
-    tensors = chain(module.parameters(), module.buffers())
-    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return _reference(module).dtype
-
-
-def _parameters(function: Callable) -> set[str]:
-    return set(inspect.signature(function).parameters)
+    def to(self, *args: Any, **kwargs: Any) -> "ClassifierGuidedPipeline":
+        """Moves or converts all components, in place; arguments as of `DiffusionPipeline.to`."""
+        classifier = self.classifier
+        if classifier is None or isinstance(classifier, ModelMixin):
+            return super().to(*args, **kwargs)
+        self.classifier = None  # diffusers moves modules that say their dtype
+        super().to(*args, **kwargs)
+        kwargs.pop("silence_dtype_warnings", None)
+        self.classifier = classifier.to(*args, **kwargs)
+        return self

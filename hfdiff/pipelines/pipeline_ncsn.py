@@ -13,8 +13,17 @@ from PIL import Image
 from torch import Tensor
 
 from .hub_mixin import HubMixin
-from .inputs import check_choice, check_generator, check_latents
-from .outputs import CALLBACK_TENSORS, OUTPUT_TYPES, LevelwiseOutput, StepCallback, draws_from_zero, format_images
+from .inputs import check_batch_size, check_choice, check_generator, check_latents
+from .outputs import (
+    CALLBACK_TENSORS,
+    OUTPUT_TYPES,
+    LevelwiseOutput,
+    StepCallback,
+    check_finite,
+    draws_from_zero,
+    format_images,
+)
+from .steps import set_timesteps
 
 Pictures = Image.Image | list[Image.Image] | np.ndarray | Tensor
 
@@ -36,7 +45,13 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin) -> None:
         super().__init__()
+        if scheduler is not None and not hasattr(scheduler, "step_sizes"):
+            raise ValueError(
+                f"`scheduler` must sample by annealed Langevin dynamics, got {type(scheduler).__name__}; make one by "
+                "`AnnealedLangevinScheduler.from_config(scheduler.config)`."
+            )
         self.register_modules(unet=unet, scheduler=scheduler)
+        self._interrupt = False
 
     @torch.no_grad()
     def __call__(
@@ -79,13 +94,12 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
         check_choice("output_type", output_type, OUTPUT_TYPES)
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_batch_size(batch_size, labels=None)
         check_generator(generator, batch_size)
-        known = self._known_pixels(image, mask_image)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        known = self._known_pixels(image, mask_image, batch_size)
         latents = self._initial_noise(batch_size, generator, latents)
-        timesteps, intermediates = self.scheduler.timesteps, []
+        timesteps = set_timesteps(self.scheduler, self._execution_device, num_inference_steps)
+        latents, intermediates, self._interrupt = latents * self.scheduler.init_noise_sigma, [], False
         leaves_level = [*(timesteps[:-1] != timesteps[1:]).tolist(), True]
         for i, t in enumerate(self.progress_bar(timesteps)):
             if known is not None:
@@ -100,9 +114,12 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
                 latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
             if return_intermediates and leaves_level[i]:
                 intermediates.append(self._to_images(latents, output_type))
+            if self._interrupt:
+                break
         if known is not None:
             latents = _replace(latents, *known)
         self.maybe_free_model_hooks()
+        check_finite(latents)
         images = self._to_images(latents, output_type)
         states = intermediates if return_intermediates else None
         if not return_dict:
@@ -114,7 +131,7 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
         self,
         num_images: int = 8,
         num_inference_steps: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> Any:
         """Images between two samples: every one from its own mixture of the same two streams of noise.
@@ -125,30 +142,37 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
         Args:
             num_images: at least 2, the two samples included.
             num_inference_steps: model calls; default: all that the scheduler's levels and steps ask for.
-            generator: source of both streams.
+            generator: source of both streams, or a list of two, one for each.
             output_type: as in the call.
 
         Returns:
             The images, in order.
 
         Raises:
-            ValueError: for fewer than 2 images or an unknown output type.
+            ValueError: for fewer than 2 images, other than 1 or 2 generators, or an unknown output type.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if num_images < 2:
             raise ValueError(f"`num_images` must be at least 2, the two ends, got {num_images}.")
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        pair = generator if isinstance(generator, list | tuple) else [generator, generator]
+        if len(pair) != 2:
+            raise ValueError(
+                f"`generator` must be one, or a list of two, one for each end, got {len(pair)}; give one or two."
+            )
+        check_generator(list(pair), 2)
+        timesteps = set_timesteps(self.scheduler, self._execution_device, num_inference_steps)
         theta = torch.linspace(0, torch.pi / 2, num_images, device=self._execution_device).view(-1, 1, 1, 1)
 
         def mixed() -> Tensor:
-            first, second = (self._unit_noise(1, generator) for _ in range(2))
+            first, second = (self._unit_noise(1, stream) for stream in pair)
             return theta.cos().to(first) * first + theta.sin().to(first) * second
 
         latents = mixed() * self.scheduler.init_noise_sigma
-        for t in self.progress_bar(self.scheduler.timesteps):
+        for t in self.progress_bar(timesteps):
             output = self._predict(self.scheduler.scale_model_input(latents, t), t)
             latents = self.scheduler.step(output, t, latents, variance_noise=mixed()).prev_sample
         self.maybe_free_model_hooks()
+        check_finite(latents)
         return self._to_images(latents, output_type)
 
     # --- one step ----------------------------------------------------------------------------------------------------
@@ -171,14 +195,21 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
 
     def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
         if latents is None:
-            return self._unit_noise(batch_size, generator) * self.scheduler.init_noise_sigma
+            return self._unit_noise(batch_size, generator)
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         check_latents(latents, self._shape(batch_size), (dtype, self.unet.dtype))
-        return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
+        return latents.to(self._execution_device, dtype)
 
     # --- images and data ---------------------------------------------------------------------------------------------
 
-    def _known_pixels(self, image: Pictures | None, mask_image: Pictures | None) -> tuple[Tensor, Tensor] | None:
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call that runs is to end after this step."""
+        return self._interrupt
+
+    def _known_pixels(
+        self, image: Pictures | None, mask_image: Pictures | None, batch_size: int
+    ) -> tuple[Tensor, Tensor] | None:
         """The image in the model's range and where it is known, both (B or 1, C or 1, H, W); None without them."""
         if (image is None) != (mask_image is None):
             missing = "mask_image" if mask_image is None else "image"
@@ -186,7 +217,8 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
         if image is None or mask_image is None:
             return None
         _, channels, *size = self._shape(1)
-        pixels, mask = _to_tensor("image", image, channels, size), _to_tensor("mask_image", mask_image, 1, size)
+        pixels = _to_tensor("image", image, (batch_size, channels, *size))
+        mask = _to_tensor("mask_image", mask_image, (batch_size, 1, *size))
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         pixels = pixels if draws_from_zero(self.unet) else 2 * pixels - 1
         return pixels.to(self._execution_device, dtype), (mask <= 0.5).to(self._execution_device)
@@ -202,24 +234,36 @@ def _replace(latents: Tensor, image: Tensor, known: Tensor, noise: Tensor | floa
     return torch.where(known, image + noise, latents)
 
 
-def _to_tensor(name: str, pictures: Pictures, channels: int, size: list[int]) -> Tensor:
-    """Pictures in [0, 1] as (B, C, H, W).
+def _to_tensor(name: str, pictures: Pictures, shape: tuple[int, ...]) -> Tensor:
+    """Pictures in [0, 1] as (B or 1, C, H, W), for a shape (B, C, H, W).
 
     Raises:
-        ValueError: for another size, other channels, or values outside [0, 1].
+        ValueError: for another count, size or rank, other channels, or values outside [0, 1].
     """
+    batch_size, channels, *size = shape
     if isinstance(pictures, Image.Image):
         pictures = [pictures]
     if isinstance(pictures, list):
         mode = {1: "L", 3: "RGB"}[channels]
         pictures = np.stack([np.asarray(picture.convert(mode), dtype=np.float32) / 255 for picture in pictures])
         pictures = pictures.reshape(*pictures.shape[:3], channels)
+    axes = "(B, H, W, C)" if isinstance(pictures, np.ndarray) else "(B, C, H, W)"
+    if pictures.ndim != 4:
+        raise ValueError(
+            f"`{name}` must have 4 axes {axes}, got {pictures.ndim} in the shape {tuple(pictures.shape)}; add those of "
+            "length 1."
+        )
     if isinstance(pictures, np.ndarray):
         pictures = torch.from_numpy(pictures).movedim(-1, 1)
-    if pictures.ndim != 4 or list(pictures.shape[1:]) != [channels, *size]:
+    if list(pictures.shape[1:]) != [channels, *size]:
         raise ValueError(
             f"`{name}` must have {channels} channels and the model's size {tuple(size)}, got the shape "
             f"{tuple(pictures.shape)} of (B, C, H, W); resize it."
+        )
+    if len(pictures) not in (1, batch_size):
+        raise ValueError(
+            f"`{name}` must be one for all or one for each of the {batch_size} images, got {len(pictures)}; change "
+            "`batch_size`."
         )
     if not ((pictures >= 0) & (pictures <= 1)).all():
         raise ValueError(f"`{name}` must be in [0, 1], got {pictures.min():g} to {pictures.max():g}; rescale it.")

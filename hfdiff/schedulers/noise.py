@@ -95,8 +95,25 @@ def betas_of(
 ) -> Tensor:
     """The betas of a scheduler's config, (T,), float64: those trained with, where it has them, else the named ones."""
     if trained_betas is not None:
-        return torch.as_tensor(trained_betas, dtype=torch.float64)
-    return make_betas(schedule, num_train_timesteps, beta_start, beta_end)
+        return checked_betas("trained_betas", torch.as_tensor(trained_betas, dtype=torch.float64))
+    return checked_betas("beta_start` and `beta_end", make_betas(schedule, num_train_timesteps, beta_start, beta_end))
+
+
+def checked_betas(name: str, betas: Tensor) -> Tensor:
+    """The betas, if they are variances of steps: in (0, 1), or 1 at the last, whose ᾱ is then 0.
+
+    Raises:
+        ValueError: for others.
+    """
+    wrong = ~((betas > 0) & (betas < 1))
+    wrong[-1:] &= betas[-1:] != 1
+    if betas.ndim != 1 or not len(betas) or wrong.any():
+        t = int(wrong.flatten().nonzero()[0]) if wrong.any() else 0
+        came = f"β_{t} = {betas.flatten()[t]:g}" if betas.numel() else "none"
+        raise ValueError(
+            f"`{name}` must give betas between 0 and 1, of which only the last may be 1, got {came}; change them."
+        )
+    return betas
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:

@@ -179,16 +179,22 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Makes a scheduler from the config of another of its kind, or of one with betas, such as a DDPM's."""
-        if "sigma_schedule" not in {**config, **kwargs} and "beta_schedule" in config:
-            # Another scheduler's defaults are not ones of this class: read them, too.
-            config = {name: value for name, value in config.items() if name != "_use_default_values"}
-            if config.get("rescale_betas_zero_snr"):
-                betas = betas_of(*(config[name] for name in BETAS))
-                config["trained_betas"] = rescale_zero_terminal_snr(betas).tolist()
-            kwargs["sigma_schedule"] = "from_betas"
-            if "sampling" not in config:
-                kwargs.setdefault("sampling", "consistent")  # 250 calls, 100 digits: FID 1.5, Langevin 5.5
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        if "sigma_schedule" in {**config, **kwargs} or "beta_schedule" not in config:
+            return super().from_config(config, return_unused_kwargs, **kwargs)
+        # Another scheduler's defaults are not ones of this class: read them, too.
+        names = cls._get_init_keys(cls)
+        own = {name: value for name, value in config.items() if name in names and value is not None}
+        if config.get("rescale_betas_zero_snr"):
+            own["trained_betas"] = rescale_zero_terminal_snr(betas_of(*(config.get(name) for name in BETAS))).tolist()
+        kwargs["sigma_schedule"] = "from_betas"
+        if "sampling" not in own:
+            kwargs.setdefault("sampling", "consistent")  # 250 calls, 100 digits: FID 1.5, Langevin 5.5
+        made = super().from_config(own, return_unused_kwargs, **kwargs)
+        scheduler = made[0] if return_unused_kwargs else made
+        scheduler.register_to_config(  # for the way back
+            **{name: value for name, value in config.items() if name not in names and not name.startswith("_")}
+        )
+        return made
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:

@@ -1,0 +1,69 @@
+"""What the parts of a guided pipeline say of themselves, and whether they belong together."""
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inputs import has_noise_levels
+
+
+def config_of(component: Any, name: str) -> Any:
+    """An entry of a component's config, or None."""
+    config = getattr(component, "config", {})
+    return config.get(name) if hasattr(config, "get") else getattr(config, name, None)
+
+
+def floats_of(module: nn.Module) -> Tensor:
+    """A floating tensor of the module, for its device and dtype."""
+    tensors = chain(module.parameters(), module.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+
+
+def is_of(component: Any, package: str) -> bool:
+    """Whether a component's class, or one that it derives from, is of a package, which need not be installed."""
+    return any(kind.__module__.partition(".")[0] == package for kind in type(component).__mro__)
+
+
+def check_components(unet: Any, classifier: Any, scheduler: Any, id2label: dict[int, str]) -> None:
+    """Refuses a classifier made for other images, classes or noise than the UNet and the scheduler.
+
+    Raises:
+        ValueError: then.
+    """
+    embeddings = config_of(unet, "num_class_embeds")
+    if embeddings is not None and len(id2label) > embeddings:
+        raise ValueError(
+            f"`unet` must have an embedding of each class, got {embeddings} for {len(id2label)}; take the one trained "
+            "on the same classes."
+        )
+    if classifier is None:
+        return
+    if is_of(classifier, "transformers"):
+        raise ValueError(
+            f"`classifier` must map noisy images and a timestep, (x_t, t), to logits, got {type(classifier).__name__}, "
+            "which takes clean images alone; use an hfdiff.NoisyClassifier, or a torch.nn.Module of (x_t, t)."
+        )
+    if unet is None or scheduler is None:
+        return
+    for name in ("sample_size", "in_channels"):
+        ours, theirs = config_of(unet, name), config_of(classifier, name)
+        if None not in (ours, theirs) and ours != theirs:
+            raise ValueError(
+                f"`classifier` must have the UNet's {name}, {ours}, got {theirs}; use a classifier trained on the same "
+                "images."
+            )
+    classes = config_of(classifier, "num_classes")
+    if None not in (classes, embeddings) and classes not in (embeddings, embeddings - 1):  # one may stand for no class
+        raise ValueError(
+            f"`classifier` must know the UNet's {embeddings} classes, got {classes}; use one trained on them."
+        )
+    schedule = config_of(classifier, "noise_schedule")
+    if schedule is None or not hasattr(scheduler, "alphas_cumprod") or has_noise_levels(scheduler, schedule):
+        return
+    names = {name: config_of(scheduler, name) for name in schedule}
+    raise ValueError(
+        f"`classifier` must be trained on the scheduler's noise levels, {names}, got {schedule}; make the scheduler "
+        "with `from_config(pipe.scheduler.config)`, or train a classifier for it."
+    )
