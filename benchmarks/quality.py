@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hfdiff import ClassifierGuidedPipeline, NoisyClassifier
-from hfdiff.cli import draw, scheduler_class
 from hfdiff.data.labelled import load_images
 from hfdiff.evaluation import frechet_distance
+from hfdiff.sampling import OpenedPipeline, Sampler, SamplingSettings
 
 CLEAN = 0  # the independent classifier's timestep: it knows clean images alone
 
@@ -48,20 +48,27 @@ def main() -> None:
     parser.add_argument("--train_data", required=True, help="real images, for the baseline: Hub id, file or folder")
     parser.add_argument("--test_data", required=True, help="real images that nothing was trained on")
     parser.add_argument("--scheduler", help="a scheduler of diffusers; the pipeline's own by default")
-    parser.add_argument("--scale", type=float, help="guidance scale; the pipeline's own by default")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance_scale", "--scale", type=float, help="guidance scale; the pipeline's own by default")
+    parser.add_argument("--num_inference_steps", "--steps", type=int, default=50)
     parser.add_argument("--per_class", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     pipe = ClassifierGuidedPipeline.from_pretrained(args.pipeline, dtype=torch.float32)
     judge = NoisyClassifier.from_pretrained(args.judge, dtype=torch.float32)
-    if args.scheduler is not None:
-        pipe.scheduler = scheduler_class(args.scheduler).from_config(pipe.scheduler.config)
     classes = list(pipe.classifier.id2label)
     labels = torch.tensor(classes).repeat_interleave(args.per_class)
 
-    images = torch.from_numpy(draw(pipe, labels.tolist(), args.seed, args.scale, args.steps)).permute(0, 3, 1, 2)
+    settings = SamplingSettings(
+        len(labels),
+        class_labels=tuple(labels.tolist()),
+        guidance_scale=args.guidance_scale,
+        num_inference_steps=args.num_inference_steps,
+        scheduler=args.scheduler,
+        seed=args.seed,
+    )
+    sampler = Sampler(OpenedPipeline(pipe), settings)
+    images = torch.from_numpy(sampler.draw_all(progress=True)).permute(0, 3, 1, 2)
     features, seen = judge_images(judge, images / 127.5 - 1)
     real, _ = judge_images(judge, load_images(args.test_data, split="test").images[:])
     train = load_images(args.train_data, split="train", label_column="label")
@@ -71,7 +78,8 @@ def main() -> None:
     correct = (seen == labels).double()
     worst = min(correct[labels == label].mean().item() for label in classes)
     ours, theirs = distance(features, real), distance(baseline, real)
-    print(f"{type(pipe.scheduler).__name__}, {args.steps} steps, scale {pipe.guidance_scale}, N = {len(labels)}")
+    kind = type(sampler.scheduler).__name__
+    print(f"{kind}, {args.num_inference_steps} steps, scale {pipe.guidance_scale}, N = {len(labels)}")
     print(f"accuracy {correct.mean():.3f}, of the worst class {worst:.2f}")
     print(
         f"Fréchet distance to {len(real)} unseen images {ours:.3f}; {len(chosen)} training images {theirs:.3f}", end=""

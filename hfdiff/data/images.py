@@ -74,20 +74,28 @@ class ImageSet:
         return np.broadcast_to(pixels[..., None], (size, size, channels)) if grey and channels > 1 else pixels
 
 
-def gather(read: Read, count: int, resolution: int | None = None, *, streaming: bool | None = None) -> ImageSet:
+def gather(
+    read: Read,
+    count: int,
+    resolution: int | None = None,
+    channels: int | None = None,
+    *,
+    streaming: bool | None = None,
+) -> ImageSet:
     """Decodes every image once, to be sure of each before the training, and keeps them where they fit.
 
     Args:
         read: gives the pixels of rows.
         count: N.
         resolution: the size the pixels were brought to, if any.
+        channels: the fewest the images are to have.
         streaming: decode again for each batch instead of keeping; None does so above `MEMORY_LIMIT` bytes.
 
     Raises:
         ValueError: for images of several sizes or, where they were not resized, that are not square.
     """
     kept: list[np.ndarray] | None = None if streaming else []
-    size, channels, total = min(read([0])[0].shape[:2]), 1, 0
+    size, channels, total = min(read([0])[0].shape[:2]), channels or 1, 0
     for start in tqdm(range(0, count, ROWS_AT_ONCE), desc="Decoding images", unit_scale=ROWS_AT_ONCE, delay=5):
         for row, array in enumerate(read(range(start, min(start + ROWS_AT_ONCE, count))), start):
             if array.shape[:2] != (size, size) and resolution is None:

@@ -1,15 +1,12 @@
-"""Labelled images, and training batches drawn from them as a function of their number.
+"""Labelled images, (N, C, H, W) in [-1, 1], from a file, a folder, the Hub or scikit-learn."""
 
-Images are (N, C, H, W) in [-1, 1]. Nothing here keeps a random state: whatever is drawn comes from a generator seeded
-by the run's seed, the purpose and a number, so a resumed run draws what an uninterrupted one would have drawn.
-"""
+from typing import Any, NamedTuple
 
-from typing import NamedTuple
-
+import torch
 from torch import Tensor
 
-from .images import ImageSet, StoredPictures, gather, to_pixels
-from .sources import DIGITS, check_column, load_digits, open_dataset, read_labels
+from .images import StoredPictures, gather, to_pixels
+from .sources import DIGITS, check_column, load_digits, open_dataset, read_file_labels, read_labels
 
 
 class LabelledImages(NamedTuple):
@@ -22,9 +19,15 @@ class LabelledImages(NamedTuple):
         label_names: one per class.
     """
 
-    images: ImageSet | Tensor
+    images: Any  # an `ImageSet`, or a tensor
     labels: Tensor | None
     label_names: list[str]
+
+    def spread(self, count: int) -> "LabelledImages":
+        """At most so many of the images, in memory, spread evenly: a set sorted by class keeps all its classes."""
+        total = len(self.images)
+        rows = torch.linspace(0, total - 1, min(count, total)).round().long()
+        return LabelledImages(self.images[rows], None if self.labels is None else self.labels[rows], self.label_names)
 
 
 def load_images(
@@ -33,7 +36,9 @@ def load_images(
     *,
     image_column: str = "image",
     label_column: str | None = None,
+    labels_from_names: bool = False,
     resolution: int | None = None,
+    channels: int | None = None,
     streaming: bool | None = None,
     config_name: str | None = None,
 ) -> LabelledImages:
@@ -45,7 +50,9 @@ def load_images(
         split: "train" or "test"; a file is taken whole as either.
         image_column: the column of images.
         label_column: the column of labels, if they are wanted.
+        labels_from_names: where labels are wanted, take them from the names of the images' files, up to the first "_".
         resolution: the shorter side to resize to, of which a square is then cropped; None keeps the images' own.
+        channels: 3 makes colour images of grey ones; by default grey images stay grey where all are.
         streaming: decode images as they are indexed, instead of once into memory; None does so above 2 GiB.
         config_name: which configuration, where a folder or Hub dataset has several.
 
@@ -55,13 +62,17 @@ def load_images(
     """
     if source == DIGITS:
         pictures, labels, names = load_digits(split)
-        digits = gather(lambda rows: [to_pixels(pictures[row], resolution) for row in rows], len(pictures), resolution)
+        digits = gather(
+            lambda rows: [to_pixels(pictures[row], resolution) for row in rows], len(pictures), resolution, channels
+        )
         return LabelledImages(digits, labels, names)
     dataset = open_dataset(source, split, config_name)
     check_column(dataset, "image_column", image_column, source)
     classes: tuple[Tensor | None, list[str]] = (None, [])
-    if label_column is not None:
+    if label_column is not None and labels_from_names:
+        classes = read_file_labels(dataset, image_column, source)
+    elif label_column is not None:
         check_column(dataset, "label_column", label_column, source)
         classes = read_labels(dataset, label_column)
     read = StoredPictures(dataset, image_column, source, resolution)
-    return LabelledImages(gather(read, len(dataset), resolution, streaming=streaming), *classes)
+    return LabelledImages(gather(read, len(dataset), resolution, channels, streaming=streaming), *classes)

@@ -20,8 +20,8 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 Result = TypeVar("Result")
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; where the user or the machine errs, ends the process with one line, not a traceback.
+def run_script(main: Callable[[], None], name: str) -> None:
+    """Runs a command or script of this name; where user or machine errs, ends the process with a line, no traceback.
 
     Errors that every process finds are told by the first alone. `python -X dev` shows tracebacks.
     """
@@ -34,7 +34,7 @@ def run_script(main: Callable[[], None]) -> None:
         if sys.flags.dev_mode:
             raise
         if is_first_process() or isinstance(error, OSError):
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

@@ -106,6 +106,11 @@ def _one_line(source: str) -> Iterator[None]:
         raise ValueError(f"The dataset {source!r} cannot be had: {error}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".!")
+        if "Unknown split" in reason:
+            raise ValueError(
+                f"The dataset {source!r} must have the split asked for: {reason}; put those images into a folder "
+                "of that name in it, or give a file, or the folder of a dataset, that has them."
+            ) from error
         raise ValueError(
             f"The dataset must be {DIGITS!r}, a parquet or arrow file, a folder of them or of images, or a Hub id, "
             f"got {source!r}: {reason}; check the name."
@@ -125,7 +130,7 @@ def reading_model(argument: str, source: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(f"`{argument}` must be a model's folder or Hub id, got {source!r}: {reason}.") from error
 
@@ -141,7 +146,31 @@ def check_column(dataset: Dataset, argument: str, column: str, source: str) -> N
     kind = datasets.Image if argument == "image_column" else ClassLabel
     likely = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
     remedy = f"`--{argument} {likely[0]}` looks right" if len(likely) == 1 else "name one of these"
+    if argument == "label_column" and not likely:
+        remedy = (
+            "labels are a column of integers, one folder of images per class, or the beginning of the files' names, "
+            "class_name.png, with `--labels_from_names`"
+        )
     raise ValueError(f"`{argument}` must be one of {dataset.column_names} of {source!r}, got {column!r}; {remedy}.")
+
+
+def read_file_labels(dataset: Dataset, image_column: str, source: str) -> tuple[Tensor, list[str]]:
+    """Labels (N,) and names of the classes from files named class_name.png, as guided-diffusion reads them.
+
+    Raises:
+        ValueError: for images without such a name.
+    """
+    stored = dataset.cast_column(image_column, datasets.Image(decode=False))[:][image_column]
+    files = [Path(row["path"] or "").name for row in stored]
+    for file in files:
+        if "_" not in file:
+            raise ValueError(
+                f"`labels_from_names` needs files named like class_name.png, got {file!r} in {source!r}; rename it, or "
+                "give labels by one folder per class."
+            )
+    found = [file.partition("_")[0] for file in files]
+    names = sorted(set(found))
+    return torch.tensor([names.index(name) for name in found]), names
 
 
 def read_labels(dataset: Dataset, column: str) -> tuple[Tensor, list[str]]:

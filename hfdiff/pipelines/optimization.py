@@ -24,10 +24,11 @@ def optimize_module(module: nn.Module, device: torch.device) -> None:
     module.requires_grad_(False).eval()
     dtype = fastest_dtype(device)
     if {parameter.dtype for parameter in module.parameters()}.isdisjoint({dtype, torch.float64}):
-        module.to(dtype)
+        nn.Module.to(module, dtype)  # diffusers' own warns of modules to be kept in float32, of which there are none
     if device.type == "cuda":
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if device.type == "cpu" and not shutil.which("g++"):
         warnings.warn("Models are not compiled: torch.compile needs a C++ compiler, g++, on the CPU.", stacklevel=3)
         return
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")  # of diffusers
     module.compile(dynamic=False)

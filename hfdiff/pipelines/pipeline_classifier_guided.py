@@ -68,7 +68,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     def __init__(
         self,
         unet: ModelMixin,
-        classifier: nn.Module,
+        classifier: nn.Module | None,
         scheduler: SchedulerMixin,
         default_guidance_scale: float | None = None,
         id2label: dict[int, str] | None = None,

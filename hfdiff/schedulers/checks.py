@@ -1,6 +1,11 @@
 """Checks of what schedulers are given, made before any arithmetic."""
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -9,7 +14,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
 
 
-def check_shape(name: str, tensor: Tensor | None, sample: Tensor) -> None:
+def check_shape(name: str, tensor: "Tensor | None", sample: "Tensor") -> None:
     """Refuses a tensor, where there is one, of another shape than the sample's."""
     if tensor is not None and tensor.shape != sample.shape:
         raise ValueError(f"`{name}` must have the sample's shape {tuple(sample.shape)}, got {tuple(tensor.shape)}.")

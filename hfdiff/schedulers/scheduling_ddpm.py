@@ -17,11 +17,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .checks import check_choice, check_shape
+from .checks import LEARNED_VARIANCES, check_choice, check_shape
 from .gaussian import clip_x0_, posterior, x0_coefficients
 from .noise import betas_of, rescale_zero_terminal_snr, space_timesteps
 
-LEARNED_VARIANCES = ("learned", "learned_range")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED_VARIANCES)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "prev_sample")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")

@@ -1,8 +1,5 @@
-"""What the training scripts share: settings, data, losses and the loop.
+"""Training: `hfdiff train ddpm|classifier|ncsn`, and the losses, which are pure functions and stand alone."""
 
-The losses are pure functions and stand alone; `config`, `data` and `loop` serve the scripts in `training/`.
-"""
+from ..lazy import lazy_names
 
-from .losses import classification_loss, ddpm_loss, ddpm_losses, guided_denoising_loss
-
-__all__ = ["classification_loss", "ddpm_loss", "ddpm_losses", "guided_denoising_loss"]
+__all__ = lazy_names(__name__, {".losses": "classification_loss ddpm_loss ddpm_losses guided_denoising_loss"})

@@ -17,13 +17,14 @@ from .timesteps import LossSecondMomentSampler
 
 
 def load_training_data(
-    settings: TrainingSettings, label_column: str | None = None
+    settings: TrainingSettings, label_column: str | None = None, channels: int | None = None
 ) -> tuple[LabelledImages, LabelledImages | None]:
     """The images to train on, and those to measure with, if any: the digits' own test part, or `validation_data`'s.
 
     Args:
         settings: of the run.
         label_column: the column of labels, if they are wanted.
+        channels: the fewest that the images are to have.
 
     Raises:
         ValueError: as [`load_images`]; when the two have other channels, sizes or classes; or are the same file.
@@ -32,6 +33,8 @@ def load_training_data(
         load_images,
         image_column=settings.image_column,
         label_column=label_column,
+        labels_from_names=settings.labels_from_names,
+        channels=channels,
         resolution=settings.resolution,
         streaming=settings.streaming,
         config_name=settings.dataset_config_name,

@@ -254,7 +254,7 @@ def check_same_run(checkpoint: Path, run: dict[str, Any], may_change: frozenset[
     Raises:
         ValueError: when they differ in others; it lists them.
     """
-    theirs = read_manifest(checkpoint)["settings"]
+    theirs, run = with_global_batch(read_manifest(checkpoint)["settings"]), with_global_batch(run)
     names = sorted((theirs.keys() | run.keys()) - may_change)
     differ = [
         f"`{name}` was {theirs.get(name)!r}, is {run.get(name)!r}"
@@ -264,8 +264,15 @@ def check_same_run(checkpoint: Path, run: dict[str, Any], may_change: frozenset[
     if differ:
         raise ValueError(
             f"`resume_from_checkpoint` must name a checkpoint of the same run, got {str(checkpoint)!r} of another: "
-            f"{', '.join(differ)}; give the same settings, or another `output_dir`."
+            f"{', '.join(differ)}; give the same settings, or start another run from its weights in another "
+            "`output_dir`, by `--init_from` and the folder of what was trained."
         )
+
+
+def with_global_batch(run: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings with its images per batch in place of their share and number: the batches are the same."""
+    others = {name: value for name, value in run.items() if name not in ("train_batch_size", "num_processes")}
+    return {**others, "images_per_batch": run.get("train_batch_size", 1) * run.get("num_processes", 1)}
 
 
 def read_checkpoint(checkpoint: Path) -> Snapshot:

@@ -19,15 +19,11 @@ from ..evaluation.noise_levels import (
     save_noise_levels,
 )
 from ..models.noisy_classifier import NoisyClassifier
-from ..pipelines.inputs import most_steps
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
-from ..sampling.opening import OpenedPipeline
-from ..sampling.sampler import Sampler
-from ..sampling.settings import SamplingSettings
 from .batches import derive_seed, make_generator
 from .card import Measurement
 from .diffusion_model import Levels
-from .samples import save_grid
+from .samples import draw_images, save_grid
 
 MEASURES = {
     "accuracy": "accuracy on noisy images",
@@ -70,10 +66,7 @@ def report_noise_levels(
     rows = judge_noise_levels(classifier, scheduler, validation, seed)
     print(format_noise_levels(rows))
     save_noise_levels(rows, folder)
-    try:
-        plot_noise_levels(rows, folder / "noise_levels.png")
-    except ValueError as error:
-        print(error)
+    plot_noise_levels(rows, folder / "noise_levels.png")
     of = f"{len(validation.images):,} test images, each at one random timestep in each of {len(rows)} equal parts"
     return [Measurement(MEASURES[name], value, of) for name, value in average_noise_levels(rows).items()]
 
@@ -95,18 +88,14 @@ def report_samples(
         The accuracy of that classifier, where there is one.
     """
     labels = [label for label in list(pipe.classifier.id2label)[:CLASSES_DRAWN] for _ in range(per_class)]
-    steps = int(min(steps, most_steps(pipe.scheduler)))
-    settings = SamplingSettings(
-        len(labels), class_labels=tuple(labels), num_inference_steps=steps, seed=derive_seed(seed, "samples", 0)
-    )
-    images = Sampler(OpenedPipeline(pipe), settings).draw_all(progress=True)
-    save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), folder / "samples.png", per_class)
+    images = draw_images(pipe, len(labels), steps, derive_seed(seed, "samples", 0), class_labels=tuple(labels))
+    save_grid(images, folder / "samples.png", per_class)
     if judge is None:
         return []
     load_judge(judge, pipe.classifier)
-    seen = predicted_classes(load_features(f"classifier:{judge}"), images)
+    seen = predicted_classes(load_features(f"classifier:{judge}"), images.permute(0, 2, 3, 1).numpy())
     accuracy = float(np.mean(np.equal(seen, labels)))
-    of = f"{len(labels)} guided images, {steps} steps at scale {pipe.config.default_guidance_scale:g}, by {judge}"
+    of = f"{len(labels)} guided images, {steps} steps at scale {pipe.default_guidance_scale:g}, by {judge}"
     print(f"Accuracy {accuracy:.3f} of {of}.")
     return [Measurement("share of guided images that show their class", accuracy, of)]
 

@@ -5,7 +5,7 @@ a key of the recipe, under diffusers' name where its example scripts have one; i
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
@@ -58,6 +58,10 @@ class TrainingSettings:
             default where it is installed, or "none".
         push_to_hub: publish the result on the Hub.
         hub_model_id: the repository to publish it in; default: named like output_dir.
+        init_from: the folder or Hub id of a model whose weights the training starts from, for fine-tuning; what it
+            says of itself (its architecture, noise levels and the like) need not be given.
+        labels_from_names: the classes are what the files of a folder of images are called before the first "_", as in
+            guided-diffusion's class_name.png.
     """
 
     # What a resumed run may give anew: nothing of it reaches the weights.
@@ -77,6 +81,8 @@ class TrainingSettings:
             "hub_model_id",
         }
     )
+
+    also_read: ClassVar[Mapping[str, Sequence[str]]] = {}  # further flags of a setting, of earlier versions
 
     dataset_name: str | None = None
     dataset_config_name: str | None = None
@@ -110,6 +116,8 @@ class TrainingSettings:
     report_to: str | None = None
     push_to_hub: bool = False
     hub_model_id: str | None = None
+    init_from: str | None = None
+    labels_from_names: bool = False
 
     def __post_init__(self) -> None:
         if self.dataset_name and self.train_data_dir:
@@ -129,7 +137,9 @@ class TrainingSettings:
 Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
-def parse_settings(cls: type[Settings], argv: Sequence[str] | None = None, description: str = "") -> Settings:
+def parse_settings(
+    cls: type[Settings], argv: Sequence[str] | None = None, description: str = "", name: str | None = None
+) -> Settings:
     """Reads a script's settings from its flags and the recipe they name, and ends the process on a mistake.
 
     Besides the fields of `cls` there are `--config`, a YAML recipe, over which flags win wherever they stand, and
@@ -138,9 +148,10 @@ def parse_settings(cls: type[Settings], argv: Sequence[str] | None = None, descr
     Args:
         cls: the settings' dataclass.
         argv: the flags; default: those of the process.
-        description: of the script, whose first line `--help` shows.
+        description: of the training, for `--help`.
+        name: of the command, for `--help` and errors; default: that of the process.
     """
-    parser = _make_parser(cls, description)
+    parser = _make_parser(cls, description, name)
     recipes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     recipes.add_argument("--config", action="append", default=[])
     found, flags = recipes.parse_known_args(argv)
@@ -167,9 +178,9 @@ def _plain(value: Any) -> Any:
     return kinds[0](value) if kinds else value
 
 
-def _make_parser(cls: type[TrainingSettings], description: str) -> ArgumentParser:
+def _make_parser(cls: type[TrainingSettings], description: str, name: str | None) -> ArgumentParser:
     usage = "%(prog)s [--config recipe.yaml] [--setting value ...]"
-    parser = ArgumentParser(description=description.partition("\n")[0], usage=usage, allow_abbrev=False)
+    parser = ArgumentParser(prog=name, description=description, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML recipe; flags win over it.")
     parser.add_argument("--dry_run", action="store_true", help="Print the settings as a recipe and exit.")
     docs = {
@@ -182,5 +193,6 @@ def _make_parser(cls: type[TrainingSettings], description: str) -> ArgumentParse
         kind: dict[str, Any] = {"type": hints[field.name]}
         if hints[field.name] is bool:
             kind = {"action": ActionYesNo, "nargs": "?"}
-        parser.add_argument(f"--{field.name}", default=field.default, help=docs[field.name], **kind)
+        flags = [f"--{field.name}", *cls.also_read.get(field.name, ())]
+        parser.add_argument(*flags, default=field.default, help=docs[field.name], **kind)
     return parser

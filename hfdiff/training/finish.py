@@ -1,17 +1,21 @@
 """What a training of a diffusion model leaves: the pipeline, its last grid and its card, on the Hub where asked for."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from ..data.labelled import LabelledImages
+from ..models.noisy_classifier import NoisyClassifier
 from .card import Measurement, publish, write_card
 from .checkpoints import placed
 from .log import VALIDATION
-from .monitor import MonitorSettings, grid_path
+from .monitor import grid_path
+from .settings import MonitorSettings
 
 
 def finish(
@@ -54,6 +58,20 @@ def finish(
         )
     if repository:
         publish(settings.output_dir, repository)
+    tell_what_was_made(settings.output_dir, pipeline)
+
+
+def tell_what_was_made(output_dir: str, made: DiffusionPipeline | NoisyClassifier) -> None:
+    """A run's last line: what is in its folder, how large, and what to do with it next."""
+    parts = made.components.values() if isinstance(made, DiffusionPipeline) else [made]
+    size = sum(parameter.numel() for part in parts if isinstance(part, nn.Module) for parameter in part.parameters())
+    if isinstance(made, NoisyClassifier):
+        what, then = "a classifier of noisy images", "guide a diffusion model by `ClassifierGuidedPipeline`"
+    else:
+        classes = getattr(made, "id2label", {})
+        label = f" --class_labels {shlex.quote(next(iter(classes.values())))}" if classes else ""
+        what, then = "a pipeline", f"`hfdiff sample --pipeline {output_dir}{label}`"
+    print(f"{output_dir}: {what}, {size / 1e6:.1f}M parameters; {then}")
 
 
 def common_measures(

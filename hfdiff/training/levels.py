@@ -33,7 +33,7 @@ def choose_levels(data: LabelledImages, sigma_min: float, sigma_max: float | Aut
     """The levels as given, or where "auto" is given, by the paper's rules.
 
     Args:
-        data: the dataset, of which the first 10,000 images are compared.
+        data: the dataset, of which 10,000 images, spread evenly, are compared.
         sigma_min: the smallest level.
         sigma_max: the largest, or "auto": the largest distance between two images, so that the first level's dynamics
             reach every one of them (technique 1).
@@ -42,7 +42,7 @@ def choose_levels(data: LabelledImages, sigma_min: float, sigma_max: float | Aut
     Raises:
         ValueError: for levels out of their range, or images that are all alike.
     """
-    images, reasons = data.images[:MOST_IMAGES], ["as given", "as given"]
+    images, reasons = data.spread(MOST_IMAGES).images, ["as given", "as given"]
     if sigma_max == "auto":
         sigma_max = largest_distance(images)
         reasons[0] = f"the largest distance between two of {len(images):,} images (technique 1)"

@@ -5,7 +5,7 @@ What is plural gives one number per image, (B,), to be reduced by [`weighted_mea
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,10 @@ from ..schedulers.gaussian import convert
 from ..schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from ..schedulers.scheduling_ddpm import LEARNED_VARIANCES, DDPMScheduler
 from ..schedulers.variational_bound import clipped, variational_terms
+from .settings import VLB_WEIGHT, LossType, check_objective
 
 Model = Callable[..., Any]  # (x_t, t), and class_labels if there are any, to an output with `.sample` or `.logits`
-LossType = Literal["simple", "vlb", "hybrid"]
 
-LOSS_TYPES = ("simple", "vlb", "hybrid")
-VLB_WEIGHT = 0.001  # λ of Nichol & Dhariwal (2021), section 3.1
 
 TARGETS: dict[str, Callable[[DDPMScheduler, Tensor, Tensor, Tensor], Tensor]] = {
     "epsilon": lambda scheduler, x0, timestep, noise: noise,
@@ -117,27 +115,6 @@ def _split(scheduler: DDPMScheduler, output: Tensor, channels: int) -> tuple[Ten
             f"{output.shape[1]}; change its `out_channels` or the scheduler."
         )
     return output[:, :channels], output[:, channels:]
-
-
-def check_objective(loss_type: str, variance_type: str, prediction_type: str, snr_gamma: float | None) -> None:
-    """Refuses an objective that cannot train the model it is for; arguments as in [`ddpm_losses`].
-
-    Raises:
-        ValueError: for another objective, hybrid with a fixed variance, or `snr_gamma` where nothing is weighted by it.
-    """
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"`loss_type` must be one of {LOSS_TYPES}, got {loss_type!r}.")
-    if loss_type == "hybrid" and variance_type not in LEARNED_VARIANCES:
-        raise ValueError(
-            f'`loss_type` "hybrid" needs a `variance_type` among {LEARNED_VARIANCES}, whose variance its bound trains, '
-            f'got {variance_type!r}; choose "learned_range", or the loss "simple" or "vlb".'
-        )
-    if snr_gamma is not None and (loss_type == "vlb" or prediction_type not in MIN_SNR_WEIGHTS or snr_gamma <= 0):
-        raise ValueError(
-            '`snr_gamma` must be positive, and weights the simple loss of "simple" and "hybrid" for predictions '
-            f"{tuple(MIN_SNR_WEIGHTS)}, got {snr_gamma} with `loss_type` {loss_type!r} and `prediction_type` "
-            f"{prediction_type!r}; leave it out, or change these."
-        )
 
 
 def simple_losses(

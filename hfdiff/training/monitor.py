@@ -1,15 +1,12 @@
 """What is measured of a diffusion model while it trains: loss, variational bound, Fréchet distance and samples."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin, UNet2DModel
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from ..data.files import PARTIAL, replace
@@ -20,9 +17,9 @@ from ..evaluation.statistics import FeatureStatistics, RunningStatistics, load_s
 from ..models.noisy_classifier import NoisyClassifier
 from ..schedulers.scheduling_ddpm import DDPMScheduler
 from .batches import make_generator
-from .config import TrainingSettings
 from .loop import Monitor
 from .samples import save_grid
+from .settings import MonitorSettings
 
 BATCH_SIZE = 256
 BOUND_TERMS = 40  # of the chain's, for speed; the others are interpolated
@@ -31,34 +28,7 @@ CLEAN = 0  # the timestep of images without noise
 STATISTICS = "real-statistics.npz"
 
 Losses = Callable[[ModelMixin, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-Draw = Callable[[int, torch.Generator], Tensor]
-
-
-@dataclass(kw_only=True)
-class MonitorSettings(TrainingSettings):
-    """Settings of a diffusion model's validation, every `validation_steps` and at the end.
-
-    Args:
-        validation_images: images of the validation data, at most, whose loss is measured.
-        sample_images: images of the grid `samples/step-N.png`; 0 draws none.
-        sample_steps: model calls per drawn image.
-        fid_features: the folder of a NoisyClassifier; measures the Fréchet distance to the dataset in its features.
-        fid_images: images drawn for that.
-    """
-
-    may_change: ClassVar[frozenset[str]] = TrainingSettings.may_change | {
-        "validation_images",
-        "sample_images",
-        "sample_steps",
-        "fid_features",
-        "fid_images",
-    }
-
-    validation_images: PositiveInt = 1000
-    sample_images: NonNegativeInt = 64
-    sample_steps: PositiveInt = 50
-    fid_features: str | None = None
-    fid_images: PositiveInt = 1000
+Draw = Callable[[int], Tensor]
 
 
 def make_monitor(
@@ -80,7 +50,7 @@ def make_monitor(
         model: the model.
         num_train_timesteps: its noise levels.
         losses: maps the model, x_0, t, ε and labels to a loss per image, (B,).
-        draw: draws so many images with a generator, bytes (N, C, H, W).
+        draw: draws so many images, the same whenever it is asked, bytes (N, C, H, W).
         data: the images it trains on.
         validation: held-out images, if any.
         bound: the variational bound of held-out images in bits per dimension, where the model has one.
@@ -88,16 +58,13 @@ def make_monitor(
     Raises:
         ValueError: when the classifier for the Fréchet distance is not there, or for other images.
     """
-    held_out = first_images(validation, settings.validation_images) if validation else None
+    held_out = validation.spread(settings.validation_images) if validation else None
     classifier = load_features(settings.fid_features, data).to(accelerator.device) if settings.fid_features else None
     folder = Path(settings.output_dir)
 
     @cache
     def real(classifier: NoisyClassifier) -> FeatureStatistics:
         return real_statistics(classifier, data, f"{settings.fid_features} of {settings.dataset}", folder)
-
-    def drawn(count: int) -> Tensor:
-        return draw(count, make_generator(settings.seed, "samples", 0))
 
     def monitor(step: int) -> dict[str, float]:
         numbers: dict[str, float] = {}
@@ -108,11 +75,11 @@ def make_monitor(
         if bound:
             numbers["bits_per_dim"] = bound()
         if classifier:
-            fake = clean_statistics(classifier, drawn(settings.fid_images).float() / 127.5 - 1)
+            fake = clean_statistics(classifier, draw(settings.fid_images).float() / 127.5 - 1)
             kept = real(classifier)
             numbers["frechet_distance"] = frechet_distance(fake.mean, fake.covariance, kept.mean, kept.covariance)
         if settings.sample_images:
-            save_grid(drawn(settings.sample_images), grid_path(folder, step))
+            save_grid(draw(settings.sample_images), grid_path(folder, step))
         return numbers
 
     return monitor
@@ -121,11 +88,6 @@ def make_monitor(
 def grid_path(folder: Path, step: int) -> Path:
     """Where the grid drawn after a training step is, in a run's folder."""
     return folder / "samples" / f"step-{step}.png"
-
-
-def first_images(data: LabelledImages, count: int) -> LabelledImages:
-    """The first images of a dataset, in memory."""
-    return LabelledImages(data.images[:count], None if data.labels is None else data.labels[:count], data.label_names)
 
 
 def validation_loss(
@@ -189,7 +151,7 @@ def clean_statistics(classifier: NoisyClassifier, images: Tensor) -> FeatureStat
 
 
 def real_statistics(classifier: NoisyClassifier, data: LabelledImages, source: str, folder: Path) -> FeatureStatistics:
-    """The statistics of a dataset's first 10,000 images, computed once and kept in `real-statistics.npz`.
+    """The statistics of 10,000 images of a dataset, computed once and kept in `real-statistics.npz`.
 
     Args:
         classifier: whose features.
@@ -197,7 +159,7 @@ def real_statistics(classifier: NoisyClassifier, data: LabelledImages, source: s
         source: the names of both; statistics kept of other ones are computed anew.
         folder: of the run.
     """
-    images = data.images[:REAL_IMAGES]
+    images = data.spread(REAL_IMAGES).images
     path, provenance = folder / STATISTICS, {"source": source, "shape": list(images.shape)}
     if path.exists() and (kept := load_statistics(path)).features == provenance:
         return kept.pooled

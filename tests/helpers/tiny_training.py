@@ -97,7 +97,7 @@ def _work(flags: Sequence[str], options: dict, log: Path, environment: dict[str,
     with log.open("a") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
         sys.argv = ["train.py"]
-        run_script(lambda: main(flags, **options))
+        run_script(lambda: main(flags, **options), "train.py")
 
 
 def start(

@@ -8,7 +8,10 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from hfdiff import ClassifierGuidedPipeline, NCSNPipeline, NoisyClassifier
-from hfdiff.cli import draw, judge_labels, main
+from hfdiff.cli import main
+from hfdiff.evaluation import load_features
+from hfdiff.evaluation.accuracy import predicted_classes
+from hfdiff.sampling import OpenedPipeline, Sampler, SamplingSettings
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 
@@ -37,10 +40,12 @@ def test_weights_are_half_precision_safetensors_under_8_mb():
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
 
 
-def test_guided_digits_are_the_ones_asked_for(pipe, judge):
+def test_guided_digits_are_the_ones_asked_for(pipe):
+    features = load_features(f"classifier:{PIPELINES / 'mnist-judge'}")
     labels = [label for label in range(10) for _ in range(4)]
-    images = draw(pipe, labels, seed=0, scale=None, steps=25)
-    right = sum(seen == label for seen, label in zip(judge_labels(judge, images), labels))
+    settings = SamplingSettings(40, class_labels=tuple(labels), num_inference_steps=25)
+    images = Sampler(OpenedPipeline(pipe), settings).draw_all()
+    right = sum(seen == label for seen, label in zip(predicted_classes(features, images), labels))
     assert right >= 36  # 40 at the measured rate of 99%: fewer than 36 has a chance under 1e-4
 
 
@@ -59,11 +64,12 @@ def test_the_score_network_draws_digits(judge):
     assert sure.median() > 0.95
 
 
-def test_guided_langevin_dynamics_draws_the_digits_asked_for(judge):
+def test_guided_langevin_dynamics_draws_the_digits_asked_for():
     pipe = ClassifierGuidedPipeline.from_pretrained(PIPELINES / "mnist-ncsn-guided")
     pipe.set_progress_bar_config(disable=True)
-    images = draw(pipe, list(range(10)), seed=0, scale=None, steps=96)
-    assert sum(seen == label for label, seen in enumerate(judge_labels(judge, images))) >= 8
+    images = Sampler(OpenedPipeline(pipe), SamplingSettings(10, num_inference_steps=96)).draw_all()
+    features = load_features(f"classifier:{PIPELINES / 'mnist-judge'}")
+    assert sum(seen == label for label, seen in enumerate(predicted_classes(features, images))) >= 8
 
 
 def test_both_folders_of_the_score_network_have_its_levels_and_weights():

@@ -52,8 +52,29 @@ def test_two_processes_stop_at_the_same_step_and_go_on_with_the_same_bits(tmp_pa
     longer = [*ENDLESS, "--max_train_steps", str(step + 5)]
     assert finish([*start(stopped, longer, processes=2), *start(whole, longer, processes=2)]) == [0] * 4
     assert_same_end(whole, stopped)
-    assert finish(start(stopped, [*longer])) == [1]  # in one process it is another run
-    assert_one_line(stopped, "`num_processes` was 2, is 1")
+    assert finish(start(stopped, [*longer])) == [1]  # in one process it is another run, of other batches
+    assert_one_line(stopped, "`images_per_batch` was 8, is 4")
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batches(tmp_path: Path) -> None:
+    flags = [
+        "--lr_scheduler",
+        "constant",
+        "--logging_steps",
+        "1",
+        "--checkpointing_steps",
+        "10",
+        "--learning_rate",
+        "0.01",
+    ]
+    one, moved = tmp_path / "one", tmp_path / "moved"
+    whole = start(one, [*flags, "--train_batch_size", "8", "--max_train_steps", "20"], dropout=0.0)
+    half = start(moved, [*flags, "--train_batch_size", "4", "--max_train_steps", "10"], processes=2, dropout=0.0)
+    assert finish([*whole, *half]) == [0, 0, 0]
+    assert finish(start(moved, [*flags, "--train_batch_size", "8", "--max_train_steps", "20"], dropout=0.0)) == [0]
+    curves = [torch.tensor([line["loss"] for line in lines(folder)]) for folder in (one, moved)]
+    assert len(curves[1]) == 20
+    torch.testing.assert_close(curves[0], curves[1], rtol=1e-4, atol=0)  # float32, 20 steps of Adam
 
 
 def test_shards_follow_the_curve_of_copies_and_go_on_after_a_kill_with_the_same_bits(tmp_path: Path) -> None:

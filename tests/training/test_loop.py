@@ -137,10 +137,10 @@ def test_errors_of_the_user_or_the_machine_are_one_line(error: Exception, capsys
         raise error
 
     with pytest.raises(SystemExit, match="1"):
-        run_script(main)
+        run_script(main, "train.py")
     assert capsys.readouterr().err.partition("error: ")[2] == f"{error}\n"
 
 
 def test_errors_of_the_program_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
-        run_script(lambda: 1 // 0)
+        run_script(lambda: 1 // 0, "train.py")

@@ -1,17 +1,16 @@
 """The noisy classifier's script: what it refuses, what it saves, and that a resumed run ends with the same bits."""
 
-import importlib.util
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
+from trainings import load_training
 
 from hfdiff.models.ncsnv2 import NCSNv2Model
 from hfdiff.models.noisy_classifier import NoisyClassifier
@@ -20,8 +19,8 @@ from hfdiff.pipelines.pipeline_ncsn import NCSNPipeline
 from hfdiff.schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from hfdiff.schedulers.scheduling_ddpm import DDPMScheduler
 from hfdiff.training.config import parse_settings
+from hfdiff.training.diffusion_model import open_diffusion_model
 
-SCRIPT = Path(__file__).parents[2] / "training" / "train_classifier.py"
 TINY = [
     *("--train_batch_size", "8", "--max_train_steps", "4", "--lr_warmup_steps", "1", "--report_to", "none"),
     *("--checkpointing_steps", "2", "--logging_steps", "1"),
@@ -35,11 +34,8 @@ AUGMENTED = ["--shift_augmentation", "1", "--random_flip", "--label_smoothing", 
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_classifier", SCRIPT)
-    sys.modules["train_classifier"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> SimpleNamespace:
+    return load_training("classifier")
 
 
 def save_diffusion_model(folder: Path, **changes: object) -> Path:
@@ -80,7 +76,7 @@ def flags(diffusion_model: Path, judge: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def guided_pipeline(script: ModuleType, flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def guided_pipeline(script: SimpleNamespace, flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guided")
     script.main([*flags, "--output_dir", str(folder)])
     return folder
@@ -94,12 +90,12 @@ def test_the_guided_pipeline_knows_its_classes_noise_and_scale(guided_pipeline: 
     pipe.set_progress_bar_config(disable=True)
     assert pipe.classifier.config.noise_schedule["beta_schedule"] == "squaredcos_cap_v2"
     assert pipe.classifier.id2label == {digit: str(digit) for digit in range(10)}
-    assert pipe.config.default_guidance_scale == 3
+    assert pipe.default_guidance_scale == pipe.classifier.config.guidance_scale == 3
     assert pipe(["3", "1"], num_inference_steps=2, output_type="pt").images.shape == (2, 1, 8, 8)
 
 
 def test_the_classifier_of_a_score_network_guides_annealed_langevin_dynamics(
-    script: ModuleType, tmp_path: Path
+    script: SimpleNamespace, tmp_path: Path
 ) -> None:
     model = ["--diffusion_model", str(save_score_network(tmp_path / "ncsn")), *SAMPLES[:4], "--sample_steps", "30"]
     script.main([*TINY, *TINY_CLASSIFIER, *model, "--output_dir", str(tmp_path / "guided")])
@@ -135,7 +131,7 @@ def test_accuracy_loss_and_calibration_are_written_by_noise_and_along_the_way(gu
 
 
 def test_the_card_loads_what_it_describes_and_repeats_the_run(
-    script: ModuleType, guided_pipeline: Path, flags: list[str], tmp_path: Path
+    script: SimpleNamespace, guided_pipeline: Path, flags: list[str], tmp_path: Path
 ) -> None:
     card = (guided_pipeline / "README.md").read_text()
     names: dict = {}
@@ -143,14 +139,15 @@ def test_the_card_loads_what_it_describes_and_repeats_the_run(
     assert names["image"].size == (8, 8)
     (tmp_path / "recipe.yaml").write_text(re.search(r"```yaml\n(.*?)```", card, re.DOTALL).group(1))
     again = parse_settings(script.ClassifierSettings, ["--config", str(tmp_path / "recipe.yaml")])
-    assert again == parse_settings(script.ClassifierSettings, [*flags, "--output_dir", str(guided_pipeline)])
+    given = [*flags, "--output_dir", str(guided_pipeline), "--resolution", "8"]  # which the diffusion model told
+    assert again == parse_settings(script.ClassifierSettings, given)
     assert "1,500 grey images of 8×8 pixels in 10 classes" in card
     assert "20 guided images, 3 steps at scale 3" in card
     assert "297 test images" in card
 
 
 def test_a_resumed_run_with_dropout_accumulation_and_augmentation_ends_with_the_same_bits(
-    script: ModuleType, guided_pipeline: Path, flags: list[str], tmp_path: Path
+    script: SimpleNamespace, guided_pipeline: Path, flags: list[str], tmp_path: Path
 ) -> None:
     shutil.copytree(guided_pipeline / "checkpoint-2", tmp_path / "checkpoint-2")
     for log in ("log.jsonl", "validation.jsonl"):
@@ -162,7 +159,7 @@ def test_a_resumed_run_with_dropout_accumulation_and_augmentation_ends_with_the_
 
 
 def test_a_second_stage_fits_the_gradient_from_an_earlier_classifier(
-    script: ModuleType, guided_pipeline: Path, diffusion_model: Path, tmp_path: Path
+    script: SimpleNamespace, guided_pipeline: Path, diffusion_model: Path, tmp_path: Path
 ) -> None:
     start = ["--diffusion_model", str(diffusion_model), "--init_classifier", str(guided_pipeline / "classifier")]
     weights = ["--guided_denoising_weight", "1", "--classification_weight", "0"]
@@ -177,7 +174,7 @@ def test_a_second_stage_fits_the_gradient_from_an_earlier_classifier(
 
 
 def test_without_a_diffusion_model_the_classifier_is_saved_alone_and_can_be_continued(
-    script: ModuleType, tmp_path: Path
+    script: SimpleNamespace, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     script.main([*TINY, *TINY_CLASSIFIER, "--num_train_timesteps", "100", "--output_dir", str(first)])
@@ -190,7 +187,7 @@ def test_without_a_diffusion_model_the_classifier_is_saved_alone_and_can_be_cont
 
 
 def test_a_bare_run_finds_the_diffusion_model_of_the_other_script(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = script.ClassifierSettings()
@@ -208,7 +205,7 @@ def test_a_bare_run_finds_the_diffusion_model_of_the_other_script(
 # --- what it refuses -------------------------------------------------------------------------------------------------
 
 
-def assert_refused(script: ModuleType, flags: list[str], message: str, folder: Path) -> None:
+def assert_refused(script: SimpleNamespace, flags: list[str], message: str, folder: Path) -> None:
     """In one line, before anything is written."""
     output = folder / "output"
     with pytest.raises(ValueError, match=message) as error:
@@ -218,20 +215,20 @@ def assert_refused(script: ModuleType, flags: list[str], message: str, folder: P
 
 
 def test_noise_levels_other_than_the_diffusion_models_are_refused(
-    script: ModuleType, diffusion_model: Path, guided_pipeline: Path, tmp_path: Path
+    script: SimpleNamespace, diffusion_model: Path, guided_pipeline: Path, tmp_path: Path
 ) -> None:
     model = ["--diffusion_model", str(diffusion_model)]
     assert_refused(script, [*model, "--beta_schedule", "linear"], r"beta_schedule.*squaredcos_cap_v2.*linear", tmp_path)
     assert_refused(script, [*model, "--num_train_timesteps", "61"], r"num_train_timesteps.*60.*61", tmp_path)
     same = parse_settings(script.ClassifierSettings, [*model, "--num_train_timesteps", "60"])
-    assert len(script.load_diffusion_model(same)[1]) == 60
+    assert len(script.choose_levels(same, open_diffusion_model(str(diffusion_model)))) == 60
     start = ["--init_classifier", str(guided_pipeline / "classifier"), "--beta_schedule", "linear"]
-    with pytest.raises(ValueError, match=r"init_classifier.*noise levels.*'linear'.*'squaredcos_cap_v2'"):
+    with pytest.raises(ValueError, match=r"init_from.*noise levels.*'linear'.*'squaredcos_cap_v2'"):
         script.main([*TINY, *start, "--num_train_timesteps", "60", "--output_dir", str(tmp_path / "output")])
 
 
 def test_models_for_other_images_or_classes_are_refused(
-    script: ModuleType, diffusion_model: Path, tmp_path: Path
+    script: SimpleNamespace, diffusion_model: Path, tmp_path: Path
 ) -> None:
     model = ["--diffusion_model", str(diffusion_model)]
     assert_refused(script, [*model, "--resolution", "16"], r"diffusion_model.*16.*8.*resolution", tmp_path)
@@ -243,18 +240,18 @@ def test_models_for_other_images_or_classes_are_refused(
         (tmp_path / "seven", r"'num_classes': 10.*'num_classes': 7"),
         (tmp_path, "folder or Hub id"),
     ):
-        with pytest.raises(ValueError, match=rf"init_classifier.*{reason}"):
+        with pytest.raises(ValueError, match=rf"init_from.*{reason}"):
             script.main([*TINY, "--init_classifier", str(folder), "--output_dir", str(tmp_path / "output")])
 
 
-def test_sizes_that_do_not_fit_are_refused(script: ModuleType, diffusion_model: Path, tmp_path: Path) -> None:
+def test_sizes_that_do_not_fit_are_refused(script: SimpleNamespace, diffusion_model: Path, tmp_path: Path) -> None:
     assert_refused(script, ["--resolution", "9"], r"sample_size.*multiple of 2.*9", tmp_path)
     assert_refused(script, ["--train_batch_size", "1501"], r"train_batch_size.*1500.*1501", tmp_path)
 
 
-def test_settings_that_contradict_each_other_are_refused(script: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"init_classifier.*model_channels"):
-        script.ClassifierSettings(init_classifier="folder", model_channels=8)
+def test_settings_that_contradict_each_other_are_refused(script: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"init_from.*model_channels"):
+        script.ClassifierSettings(init_from="folder", model_channels=8)
     with pytest.raises(ValueError, match=r"guided_denoising_weight.*diffusion_model"):
         script.ClassifierSettings(guided_denoising_weight=1.0)
     with pytest.raises(ValueError, match=r"classification_weight.*positive"):
@@ -264,7 +261,7 @@ def test_settings_that_contradict_each_other_are_refused(script: ModuleType, tmp
     assert_refused(script, guided, r"guided_denoising_weight.*unconditional", tmp_path)
 
 
-def test_score_networks_that_cannot_be_guided_so_are_refused(script: ModuleType, tmp_path: Path) -> None:
+def test_score_networks_that_cannot_be_guided_so_are_refused(script: SimpleNamespace, tmp_path: Path) -> None:
     model = ["--diffusion_model", str(save_score_network(tmp_path / "ncsn"))]
     assert_refused(script, [*model, "--beta_schedule", "linear"], r"beta_schedule.*None.*linear", tmp_path)
     assert_refused(script, [*model, "--guided_denoising_weight", "1"], r"guided_denoising_weight.*variance", tmp_path)
@@ -272,7 +269,7 @@ def test_score_networks_that_cannot_be_guided_so_are_refused(script: ModuleType,
     assert_refused(script, from_zero, r"diffusion_model.*\[-1, 1\]", tmp_path)
 
 
-def test_label_smoothing_spreads_its_share_over_all_classes(script: ModuleType) -> None:
+def test_label_smoothing_spreads_its_share_over_all_classes(script: SimpleNamespace) -> None:
     labels = torch.tensor([2, 0])
     smooth = script.smooth_labels(labels, 4, 0.2)
     torch.testing.assert_close(smooth, torch.tensor([[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]]))

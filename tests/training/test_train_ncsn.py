@@ -1,15 +1,15 @@
 """The script that trains score networks, its noise levels and its loss."""
 
-import importlib.util
 import math
 import re
 import shutil
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from trainings import load_training
 
 from hfdiff import AnnealedLangevinScheduler, NCSNPipeline
 from hfdiff.data.labelled import LabelledImages
@@ -18,15 +18,10 @@ from hfdiff.training import levels
 from hfdiff.training.levels import choose_levels, largest_distance
 from hfdiff.training.losses import score_matching_losses
 
-SCRIPT = Path(__file__).parents[2] / "training" / "train_ncsn.py"
-
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_ncsn_under_test", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> SimpleNamespace:
+    return load_training("ncsn")
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -114,7 +109,7 @@ TINY = [
 
 @pytest.mark.parametrize("architecture", ["unet", "ncsn", "ncsnv2"])
 def test_a_run_prints_its_levels_and_leaves_a_pipeline(
-    script: ModuleType, architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: SimpleNamespace, architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--architecture", architecture, "--model_channels", "8", "--sigma_min", "0.1", "--sampling", "consistent"]
     script.main([*TINY, *flags, "--output_dir", str(tmp_path)])
@@ -145,14 +140,14 @@ def test_a_run_prints_its_levels_and_leaves_a_pipeline(
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(
-    script: ModuleType, tmp_path: Path, flags: str, message: str
+    script: SimpleNamespace, tmp_path: Path, flags: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         script.main([*TINY, *flags.split(), "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(script: ModuleType, tmp_path: Path) -> None:
+def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(script: SimpleNamespace, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = [*TINY, "--sigma_min", "0.1", "--gradient_accumulation_steps", "2", "--dropout", "0.1"]
     script.main([*flags, "--output_dir", str(whole)])

@@ -1,29 +1,19 @@
 """The training side: batches, settings, exact resume, and each script's main."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from safetensors.torch import load_file
+from trainings import load_training
 
 from hfdiff.schedulers.scheduling_ddpm import DDPMScheduler
 from hfdiff.training.config import TrainingSettings, parse_settings
 
 TRAINING = Path(__file__).parents[2] / "training"
-
-
-def load_script(name: str) -> ModuleType:
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -70,7 +60,7 @@ def test_a_dry_run_of_each_recipe_prints_a_recipe_of_the_same_run(
         name, settings = "train_ncsn", "NCSNSettings"
     else:
         name, settings = "train_ddpm", "DDPMSettings"
-    script = load_script(name)
+    script = load_training(name.removeprefix("train_"))
     guide = ["--diffusion_model", "folder"] if guided else []
     flags = ["--config", str(TRAINING / "recipes" / recipe), *guide]
     with pytest.raises(SystemExit, match="0"):
@@ -94,7 +84,7 @@ TINY_UNET = ["--block_out_channels", "[8,16]", "--norm_num_groups", "4", "--atte
 @pytest.fixture(scope="module")
 def diffusion_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("diffusion")
-    load_script("train_ddpm").main([*TINY, *TINY_UNET, "--output_dir", str(folder)])
+    load_training("ddpm").main([*TINY, *TINY_UNET, "--output_dir", str(folder)])
     return folder
 
 
@@ -112,7 +102,7 @@ def assert_same_files(name: str, *folders: Path) -> None:
 
 
 def test_a_resumed_diffusion_run_ends_with_the_same_bits(diffusion_model: Path, tmp_path: Path) -> None:
-    load_script("train_ddpm").main([*TINY, *TINY_UNET, *resume_halfway(diffusion_model, tmp_path)])
+    load_training("ddpm").main([*TINY, *TINY_UNET, *resume_halfway(diffusion_model, tmp_path)])
     assert_same_files("unet/diffusion_pytorch_model.safetensors", diffusion_model, tmp_path)
     assert_same_files("checkpoint-4/model.safetensors", diffusion_model, tmp_path)
     assert_same_files("log.jsonl", diffusion_model, tmp_path)
