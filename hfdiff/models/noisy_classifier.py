@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .layers import AttentionBlock, AttentionPool, Downsample, GroupNorm32, ResBlock, zero_init
+from .layers import AttentionPool, Blocks, GroupNorm32, check_sizes, zero_init
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 SPATIAL_WIDTH = 2048  # hidden width of the spatial pools' two-layer head
@@ -87,68 +87,30 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         super().__init__()
         widths = [int(mult * model_channels) for mult in channel_mult]
         self._check_config(widths)
-        emb_channels = 4 * model_channels
         self.gradient_checkpointing = False
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        make = Blocks(
+            4 * model_channels,
+            dropout,
+            use_scale_shift_norm,
+            norm_num_groups,
+            num_heads,
+            num_head_channels,
+            use_new_attention_order,
         )
-
-        def res_block(channels: int, out_channels: int, down: bool = False) -> ResBlock:
-            return ResBlock(
-                channels,
-                emb_channels,
-                out_channels,
-                dropout=dropout,
-                scale_shift=use_scale_shift_norm,
-                down=down,
-                norm_num_groups=norm_num_groups,
-            )
-
-        def heads(channels: int) -> int:
-            return num_heads if num_head_channels is None else channels // num_head_channels
-
-        def attention(channels: int) -> AttentionBlock:
-            return AttentionBlock(channels, heads(channels), norm_num_groups, use_new_attention_order)
-
-        channels = widths[0]
-        blocks = [nn.ModuleList([nn.Conv2d(in_channels, channels, 3, padding=1)])]
-        feature_widths = [channels]
-        for level, width in enumerate(widths):
-            for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [res_block(channels, width)]
-                channels = width
-                if 2**level in attention_downsamples:
-                    layers.append(attention(channels))
-                blocks.append(nn.ModuleList(layers))
-                feature_widths.append(channels)
-            if level < len(widths) - 1:
-                down = res_block(channels, channels, down=True) if resblock_updown else Downsample(channels)
-                blocks.append(nn.ModuleList([down]))
-                feature_widths.append(channels)
-        feature_widths.append(channels)
-        self.input_blocks = nn.ModuleList(blocks)  # the first is one convolution, the others blocks of (x, emb)
-        self.middle_block = nn.ModuleList(
-            [res_block(channels, channels), attention(channels), res_block(channels, channels)]
+        self.time_embed = make.time_embed(model_channels)
+        self.input_blocks, block_channels = make.encoder(
+            in_channels, widths, num_res_blocks, attention_downsamples, resblock_updown
         )
+        channels = widths[-1]
+        self.middle_block = make.middle(channels)
         side = sample_size // 2 ** (len(widths) - 1)
-        self.out = self._make_head(channels, sum(feature_widths), side, heads(channels))
+        self.out = self._make_head(channels, sum(block_channels) + channels, side, make.heads(channels))
 
     def _check_config(self, widths: list[int]) -> None:
         config = self.config
         if config.pool not in POOLS:
             raise ValueError(f"`pool` must be one of {POOLS}, got {config.pool!r}.")
-        factor = 2 ** (len(widths) - 1)
-        if config.sample_size % factor:
-            raise ValueError(
-                f"`sample_size` must be a multiple of {factor} for {len(widths)} levels, got {config.sample_size}; "
-                "use fewer entries in `channel_mult` or another size."
-            )
-        for width in widths:
-            if width % config.norm_num_groups:
-                raise ValueError(
-                    f"`norm_num_groups` must divide every level's width, got {config.norm_num_groups} for {width} "
-                    "channels; lower it or change `model_channels`."
-                )
+        check_sizes(config.sample_size, widths, config.norm_num_groups)
         labels = config.id2label
         if labels is not None and sorted(int(key) for key in labels) != list(range(config.num_classes)):
             raise ValueError(
