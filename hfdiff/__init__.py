@@ -1,5 +1,6 @@
 """hfdiff: DDPM, NCSN and classifier-guided diffusion for the Hugging Face ecosystem."""
 
+from .models.adm_unet import ADMUNet
 from .models.ncsn import NCSNModel
 from .models.ncsnv2 import NCSNv2Model
 from .models.noisy_classifier import NoisyClassifier
@@ -9,6 +10,7 @@ from .schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .schedulers.scheduling_ddpm import DDPMScheduler
 
 __all__ = [
+    "ADMUNet",
     "AnnealedLangevinScheduler",
     "ClassifierGuidedPipeline",
     "DDPMScheduler",

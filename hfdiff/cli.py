@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .commands import bits_per_dim, evaluate, push, push_space, sweep
+from .commands import bits_per_dim, convert, evaluate, push, push_space, sweep
 from .data.pictures import image_grid, to_bytes, to_pil
 from .data.process import is_first_process
 from .models.noisy_classifier import NoisyClassifier
@@ -153,6 +153,7 @@ def parser() -> argparse.ArgumentParser:
     bits_per_dim.add_parser(commands)
     evaluate.add_parser(commands)
     sweep.add_parser(commands)
+    convert.add_parser(commands)
     push.add_parser(commands)
     push_space.add_parser(commands)
     return root

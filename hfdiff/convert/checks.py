@@ -122,15 +122,15 @@ def _read_levels(firsts: list[list[tuple[str, int]]], model_channels: int) -> Re
 
 def _what_it_is(state: Mapping[str, Any], wanted: str, lacking: Collection[str]) -> str:
     """The message for a checkpoint of something else."""
-    for pattern, kind in OTHERS.items():
-        if any(re.match(pattern, str(name)) for name in state):
-            break
+    kinds = [kind for pattern, kind in OTHERS.items() if any(re.match(pattern, str(name)) for name in state)]
+    if kinds:
+        kind = kinds[0]
+    elif "time_embed.0.weight" in state:
+        is_unet = any(name.startswith("output_blocks.") for name in state)
+        kind = "the UNet" if is_unet else "the classifier"
     else:
-        is_adm = "time_embed.0.weight" in state
-        is_unet = any(str(name).startswith("output_blocks.") for name in state)
-        other = "the UNet" if is_unet else "the classifier"
-        kind = f"{other} of guided-diffusion" if is_adm else f"something else: it lacks {_some(lacking)}"
-    return f"The checkpoint must be {wanted} of guided-diffusion or improved-diffusion; this one is {kind}."
+        kind = f"something else: it lacks {_some(lacking)}"
+    return f"The checkpoint must be {wanted} of guided-diffusion or improved-diffusion, and is {kind}."
 
 
 def wrong_flags(reading: Reading, config: Reading, names: Mapping[str, str]) -> list[str]:

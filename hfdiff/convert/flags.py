@@ -37,6 +37,10 @@ CLASSIFIER_DEFAULTS: dict[str, Any] = {
     "classifier_use_scale_shift_norm": True,
     "classifier_resblock_updown": True,
     "classifier_pool": "attention",
+    # which the original has no flags for
+    "classifier_channel_mult": "",
+    "classifier_num_head_channels": 64,
+    "classifier_use_new_attention_order": False,
 }
 ENCODER_DEFAULTS: dict[str, Any] = {  # of the classifier's class `EncoderUNetModel`, by its own names
     "image_size": 64,

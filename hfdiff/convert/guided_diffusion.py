@@ -17,10 +17,10 @@ from .checks import Reading, check_fits, guess, read_classifier, read_unet, wron
 from .flags import (
     CLASSIFIER_DEFAULTS,
     DEFAULTS,
+    DIFFUSION_DEFAULTS,
     ENCODER_DEFAULTS,
     FUNCTION_DEFAULTS,
     IGNORED,
-    MODEL_DEFAULTS,
     check_name,
     complete,
     parse_flags,
@@ -35,7 +35,6 @@ CHANNEL_MULTS: dict[int, tuple[float, ...]] = {
     64: (1, 2, 3, 4),
     32: (1, 2, 2, 2),
 }
-CLASSIFIER_HEAD_CHANNELS = 64  # which the original's flags do not name
 CLASSIFIERS_OWN = {"channel_mult", "dropout", "num_head_channels", "num_heads", "use_new_attention_order"}
 UNET_NAMES = {
     "sample_size": "image_size",
@@ -65,8 +64,8 @@ def load_unet(state_dict: Mapping[str, Tensor], flags: Flags) -> UNet2DModel | A
         state_dict: of `UNetModel`, by the original's names. The module may keep its tensors.
         flags: by the original's names, such as `image_size`, `num_channels` and `channel_mult`, or the text of a
             command line. What a mapping does not name is as in the original's function `create_model` where that fits
-            the weights, else as in its scripts; the text's defaults are the scripts'. With `rescale_timesteps` and
-            `diffusion_steps`, too, the module rescales the timesteps itself. `use_fp16` is left to `.to(torch.float16)`.
+            the weights, else as in its scripts; the text's defaults are the scripts'. With `rescale_timesteps` the
+            module rescales the timesteps of the `diffusion_steps` itself. `use_fp16` is left to `.to(torch.float16)`.
 
     Returns:
         The module in evaluation mode, float32: a `UNet2DModel` of diffusers where that computes the same, else an
@@ -116,7 +115,7 @@ def _named(flags: Flags) -> dict[str, Any]:
 
 
 def _build(kind: type[ModelMixin], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
-    """The module of these weights, without a second copy of them."""
+    """The module of these weights, in float32, without a second copy of them."""
     with torch.device("meta"):
         model = kind(**config)
     model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
@@ -141,13 +140,12 @@ def unet_config(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> R
         config = _unet_config(complete(flags, defaults), reading)
         if not (wrong := wrong_flags(reading, config, UNET_NAMES)):
             break
-    _check(ADMUNet, config, state_dict, wrong)
+    _check(ADMUNet, config, state_dict, [*_wrong_size(reading, config), *wrong])
     return config
 
 
 def _unet_config(flags: dict[str, Any], reading: Reading) -> Reading:
     mults = _channel_mult(flags)
-    scale = 1000 / flags["diffusion_steps"] if flags["rescale_timesteps"] else 1.0
     return {
         "sample_size": flags["image_size"],
         "in_channels": reading["in_channels"],
@@ -164,7 +162,7 @@ def _unet_config(flags: dict[str, Any], reading: Reading) -> Reading:
         "use_new_attention_order": flags["use_new_attention_order"],
         "num_class_embeds": (reading["num_class_embeds"] or 1000) if flags["class_cond"] else None,
         "dropout": flags["dropout"],
-        "timestep_scale": scale,
+        "timestep_scale": _timestep_scale(flags),
     }
 
 
@@ -187,11 +185,13 @@ def classifier_config(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]
         "channel_mult": mults,
         "attention_downsamples": _downsamples(encoder["attention_resolutions"], encoder["image_size"], len(mults)),
         "num_head_channels": _or_none(encoder["num_head_channels"]),
+        "timestep_scale": _timestep_scale(complete(flags, DIFFUSION_DEFAULTS)),
         **{name: encoder[name] for name in ("num_res_blocks", "num_heads", "pool", "dropout")},
         **{name: encoder[name] for name in ("use_scale_shift_norm", "resblock_updown", "use_new_attention_order")},
     }
     names = ENCODER_NAMES if "model_channels" in flags else CLASSIFIER_NAMES
-    _check(NoisyClassifier, config, state_dict, wrong_flags(reading, config, names))
+    wrong = [*_wrong_size(reading, config), *wrong_flags(reading, config, names)]
+    _check(NoisyClassifier, config, state_dict, wrong)
     return config
 
 
@@ -200,14 +200,8 @@ def _encoder_arguments(flags: Mapping[str, Any]) -> dict[str, Any]:
     if "model_channels" in flags:
         return complete(flags, ENCODER_DEFAULTS)
     named = complete(flags, CLASSIFIER_DEFAULTS)
-    arguments = {
-        "image_size": named["image_size"],
-        "model_channels": named["classifier_width"],
-        "num_res_blocks": named["classifier_depth"],
-        "channel_mult": "",
-        "num_head_channels": CLASSIFIER_HEAD_CHANNELS,
-        **{name.removeprefix("classifier_"): value for name, value in named.items()},
-    }
+    arguments = {name.removeprefix("classifier_"): value for name, value in named.items()}
+    arguments |= {"model_channels": arguments["width"], "num_res_blocks": arguments["depth"]}
     if "num_channels" not in flags:  # else these are the UNet's
         arguments |= {name: flags[name] for name in flags.keys() & CLASSIFIERS_OWN}
     return complete(arguments, ENCODER_DEFAULTS)
@@ -233,8 +227,20 @@ def _downsamples(resolutions: str | Sequence[int], image_size: int, levels: int)
     return tuple(2**level for level in range(levels) if 2**level in resolutions)
 
 
+def _timestep_scale(flags: Mapping[str, Any]) -> float:
+    return 1000 / flags["diffusion_steps"] if flags["rescale_timesteps"] else 1.0
+
+
 def _or_none(value: int) -> int | None:
     return None if value == -1 else value
+
+
+def _wrong_size(reading: Reading, config: Reading) -> list[str]:
+    """The size whose multipliers the weights have, where the flags have those of another."""
+    if config["channel_mult"] == reading.get("channel_mult"):
+        return []
+    sizes = [size for size, mults in CHANNEL_MULTS.items() if mults == reading.get("channel_mult")]
+    return [f"image_size={size}, not {config['sample_size']}" for size in sizes]
 
 
 def _check(

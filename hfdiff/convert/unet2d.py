@@ -31,11 +31,7 @@ def is_unet2d(config: Mapping[str, Any]) -> bool:
 
     It has one width of head for all levels, a time embedding as wide as its first level, and timesteps as they are.
     """
-    return (
-        config["channel_mult"][0] == 1
-        and config["timestep_scale"] == 1
-        and len(set(_head_widths(config))) == 1
-    )
+    return config["channel_mult"][0] == 1 and config["timestep_scale"] == 1 and len(set(_head_widths(config))) == 1
 
 
 def _head_widths(config: Mapping[str, Any]) -> list[int]:

@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from .layers import Blocks, GroupNorm32, Upsample, check_sizes, zero_init
+from .layers import Blocks, GroupNorm32, Upsample, check_sizes, embed_time, zero_init
 
 
 class ADMUNet(ModelMixin, ConfigMixin):
@@ -143,14 +142,11 @@ class ADMUNet(ModelMixin, ConfigMixin):
                 f"`class_labels` are {expected} was trained {'with' if num_classes else 'without'} classes; "
                 f"{f'give (B,) indices below {num_classes}' if num_classes else 'leave them out'}."
             )
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        if self.config.timestep_scale != 1:
-            timestep = timestep * self.config.timestep_scale
-        emb = get_timestep_embedding(timestep, self.config.model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        emb = embed_time(timestep, sample, self.config.model_channels, self.config.timestep_scale)
         emb = self.time_embed(emb.to(self.dtype))
         return emb if class_labels is None else emb + self.label_emb(class_labels).to(emb.dtype)
 
-    def _run(self, block: nn.ModuleList, h: Tensor, emb: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         for layer in block.children():
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 h = self._gradient_checkpointing_func(layer, h, emb)

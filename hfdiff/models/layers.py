@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 
@@ -20,6 +21,12 @@ class GroupNorm32(nn.GroupNorm):
         return out.to(input.dtype)
 
 
+def embed_time(timestep: Tensor | float | int, sample: Tensor, width: int, scale: float = 1.0) -> Tensor:
+    """Sinusoids of `scale` times the timestep, one for all of the sample's batch or (B,), as (B, width) in float32."""
+    timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+    return get_timestep_embedding(timestep * scale, width, flip_sin_to_cos=True, downscale_freq_shift=0)
+
+
 def zero_init(module: nn.Module) -> nn.Module:
     """Sets a module's parameters to zero, so that the branch it ends starts as the zero function."""
     for parameter in module.parameters():
@@ -28,22 +35,20 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 
 def split_heads(qkv: Tensor, num_heads: int, new_attention_order: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits (B, 3·C, L) into three (B, heads, L, C/heads).
+    """Splits (B, L, 3·C) into three (B, heads, L, C/heads).
 
-    Rows are stored as [head][q, k, v], or as [q, k, v][head] in the new order; the wrong order raises no error.
+    Channels are stored as [head][q, k, v], or as [q, k, v][head] in the new order; the wrong order raises no error.
     """
-    batch, _width, length = qkv.shape
     if new_attention_order:
-        q, k, v = qkv.view(batch, 3, num_heads, -1, length).unbind(1)
+        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
     else:
-        q, k, v = qkv.view(batch, num_heads, 3, -1, length).unbind(2)
-    return q.transpose(-1, -2), k.transpose(-1, -2), v.transpose(-1, -2)
+        q, k, v = qkv.unflatten(-1, (num_heads, 3, -1)).unbind(3)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def attend(qkv: Tensor, num_heads: int, new_attention_order: bool) -> Tensor:
-    """Softmax attention of (B, 3·C, L) projections over L, returned as (B, C, L)."""
-    q, k, v = split_heads(qkv, num_heads, new_attention_order)
-    return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
+def project(layer: nn.Conv1d, tokens: Tensor) -> Tensor:
+    """A convolution of width 1 on (B, L, C): with channels last, attention runs in fused kernels."""
+    return F.linear(tokens, layer.weight[:, :, 0], layer.bias)
 
 
 class AttentionBlock(nn.Module):
@@ -61,9 +66,10 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Maps (B, C, H, W) to the same shape; `emb` is taken for the residual block's signature, and unused."""
-        flat = x.flatten(2)
-        h = attend(self.qkv(self.norm(flat)), self.num_heads, self.new_attention_order)
-        return (flat + self.proj_out(h)).view_as(x)
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = split_heads(project(self.qkv, tokens), self.num_heads, self.new_attention_order)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + project(self.proj_out, h).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class AttentionPool(nn.Module):
@@ -81,13 +87,14 @@ class AttentionPool(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """Maps (B, C, side, side) to (B, C)."""
-        tokens = x.flatten(2)
-        tokens = torch.cat([tokens.mean(-1, keepdim=True), tokens], dim=-1) + self.positional_embedding.to(x.dtype)
-        return attend(self.qkv_proj(tokens), self.num_heads, new_attention_order=True)[:, :, 0]
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + self.positional_embedding.to(x.dtype).T
+        q, k, v = split_heads(project(self.qkv_proj, tokens), self.num_heads, new_attention_order=True)
+        return F.scaled_dot_product_attention(q[:, :, :1], k, v).flatten(1)
 
     def project(self, feature: Tensor) -> Tensor:
         """Maps (B, C) to (B, out_channels)."""
-        return self.c_proj(feature[:, :, None])[:, :, 0]
+        return project(self.c_proj, feature)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.pool(x))

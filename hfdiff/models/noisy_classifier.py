@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .layers import AttentionPool, Blocks, GroupNorm32, check_sizes, zero_init
+from .layers import AttentionPool, Blocks, GroupNorm32, check_sizes, embed_time, zero_init
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 SPATIAL_WIDTH = 2048  # hidden width of the spatial pools' two-layer head
@@ -56,6 +55,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         id2label: name of each class; keys are class indices.
         noise_schedule: config of the noise the classifier was trained on (`num_train_timesteps`, `beta_schedule`,
             `beta_start`, `beta_end`, `trained_betas`); a pipeline refuses a scheduler with other noise levels.
+        timestep_scale: the network sees `timestep_scale * timestep`.
 
     Raises:
         ValueError: for an unknown pool, sizes that do not divide, or an `id2label` that is not 0..K-1.
@@ -83,6 +83,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         norm_num_groups: int = 32,
         id2label: dict[int, str] | None = None,
         noise_schedule: dict[str, Any] | None = None,
+        timestep_scale: float = 1.0,
     ) -> None:
         super().__init__()
         widths = [int(mult * model_channels) for mult in channel_mult]
@@ -138,8 +139,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 
     def _encode(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
         """The last map (B, C', H', W'), or the concatenated spatial means of all levels for the spatial pools."""
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        emb = get_timestep_embedding(timestep, self.config.model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        emb = embed_time(timestep, sample, self.config.model_channels, self.config.timestep_scale)
         emb = self.time_embed(emb.to(self.dtype))
         first, *blocks = self.input_blocks.children()
         (conv_in,) = first.children()
