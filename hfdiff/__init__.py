@@ -7,12 +7,14 @@ from .models.noisy_classifier import NoisyClassifier
 from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from .pipelines.pipeline_ncsn import NCSNPipeline
 from .schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
+from .schedulers.scheduling_ddim import DDIMScheduler
 from .schedulers.scheduling_ddpm import DDPMScheduler
 
 __all__ = [
     "ADMUNet",
     "AnnealedLangevinScheduler",
     "ClassifierGuidedPipeline",
+    "DDIMScheduler",
     "DDPMScheduler",
     "NCSNModel",
     "NCSNPipeline",

@@ -46,7 +46,7 @@ def split_heads(qkv: Tensor, num_heads: int, new_attention_order: bool) -> tuple
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def project(layer: nn.Conv1d, tokens: Tensor) -> Tensor:
+def project(layer: nn.Module, tokens: Tensor) -> Tensor:
     """A convolution of width 1 on (B, L, C): with channels last, attention runs in fused kernels."""
     return F.linear(tokens, layer.weight[:, :, 0], layer.bias)
 

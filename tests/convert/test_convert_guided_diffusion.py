@@ -57,7 +57,8 @@ def test_adm_unet_holds_what_diffusers_can_hold_too(name):
 def test_classifiers_and_their_gradients_are_the_originals(name):
     flags, state = network(name)
     check(load_classifier(state, flags), name)
-    check(load_classifier(state, {"image_size": 8, **classifier_flags(flags)}), name)
+    heads = {"num_heads": flags.get("num_heads", 1)}
+    check(load_classifier(state, {"image_size": 8, **heads, **classifier_flags(flags)}), name)
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -134,7 +135,7 @@ def test_a_text_of_both_networks_means_the_classifiers_own():
     """`use_new_attention_order` and `channel_mult` are the UNet's there."""
     unet_flags, _ = network("unet.adm")
     encoder, state = network("classifier.spatial_v2")
-    text = as_text(unet_flags) + " " + as_text(classifier_flags(encoder))
+    text = as_text(classifier_flags(encoder)) + " " + as_text(unet_flags)
     assert load_classifier(state, text).config == load_classifier(state, encoder).config
 
 

@@ -51,8 +51,8 @@ def assert_near(actual, expected, tolerance):
 
 
 def as_text(flags):
-    """Flags as they stand on a command line."""
-    return " ".join(f"--{name} {value}" for name, value in flags.items())
+    """Flags as they stand on a command line; the scripts' default of one differs from the function's."""
+    return " ".join(f"--{name} {value}" for name, value in ({"use_scale_shift_norm": False} | flags).items())
 
 
 def classifier_flags(encoder):
@@ -67,4 +67,4 @@ def classifier_flags(encoder):
         **{name: encoder.get(name, False) for name in ("use_scale_shift_norm", "resblock_updown")},
         "use_new_attention_order": encoder.get("use_new_attention_order", False),
     }
-    return {f"classifier_{name}": value for name, value in flags.items()} | {"num_heads": encoder.get("num_heads", 1)}
+    return {f"classifier_{name}": value for name, value in flags.items()}
