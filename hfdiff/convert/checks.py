@@ -37,15 +37,15 @@ def read_unet(state: Mapping[str, Tensor]) -> Reading:
     if not needed <= state.keys():
         raise ValueError(_what_it_is(state, "a UNet", needed - state.keys()))
     reading = _read_common(state)
-    layers = _layers(state, "output")
-    levels = 1 + sum(block[-1][0] in ("conv", "in_layers.2") for block in layers.values() if len(block) > 1)
-    reading["resblock_updown"] = levels > 1 and not any("conv" in dict(block) for block in layers.values())
+    blocks = _blocks(state, "output")
+    levels = 1 + sum(block[-1][0] in ("conv", "in_layers.2") for block in blocks if len(block) > 1)
+    if levels > 1:
+        reading["resblock_updown"] = not any("conv" in dict(block) for block in blocks)
     reading["out_channels"] = state["out.2.weight"].shape[0]
     label_emb = state.get("label_emb.weight")
     reading["num_class_embeds"] = None if label_emb is None else label_emb.shape[0]
-    reading["num_res_blocks"] = len(layers) // levels - 1
-    firsts = [layers[level * (reading["num_res_blocks"] + 1)] for level in range(levels)][::-1]
-    return {**reading, **_read_levels(firsts, reading["model_channels"])}
+    reading["num_res_blocks"] = len(blocks) // levels - 1
+    return {**reading, **_read_levels(blocks[:: len(blocks) // levels][:levels][::-1], reading["model_channels"])}
 
 
 def read_classifier(state: Mapping[str, Tensor], num_res_blocks: int, num_levels: int) -> Reading:
@@ -63,8 +63,8 @@ def read_classifier(state: Mapping[str, Tensor], num_res_blocks: int, num_levels
     if not needed <= state.keys() or any(name.startswith("output_blocks.") for name in state):
         raise ValueError(_what_it_is(state, "a classifier", needed - state.keys()))
     reading = _read_common(state)
-    layers = _layers(state, "input")
-    downs = [block for block in sorted(layers) if layers[block][0][0] == "op"]
+    blocks = _blocks(state, "input")  # all but the first, a convolution
+    downs = [index for index, block in enumerate(blocks) if block[0][0] == "op"]
     last = state.get("out.3.weight")
     outputs = [value.shape[0] for name, value in state.items() if name in LAST_BIASES]
     reading["num_classes"] = outputs[-1] if outputs else 0
@@ -73,17 +73,18 @@ def read_classifier(state: Mapping[str, Tensor], num_res_blocks: int, num_levels
     else:
         reading["pool"] = "attention" if "out.2.c_proj.weight" in state else "spatial"
     depth, levels = num_res_blocks, num_levels
-    reading["resblock_updown"] = not downs and levels > 1
+    if levels > 1:
+        reading["resblock_updown"] = not downs
     if downs:
-        depth, levels = downs[0] - 1, len(downs) + 1
-    elif (len(layers) + 1) % levels == 0:
-        depth = (len(layers) + 1) // levels - 1
-    elif (len(layers) + 1) % (depth + 1) == 0:
-        levels = (len(layers) + 1) // (depth + 1)
+        depth, levels = downs[0], len(downs) + 1
+    elif (len(blocks) + 1) % levels == 0:
+        depth = (len(blocks) + 1) // levels - 1
+    elif (len(blocks) + 1) % (depth + 1) == 0:
+        levels = (len(blocks) + 1) // (depth + 1)
     else:
         return reading
-    firsts = [layers[1 + level * (depth + 1)] for level in range(levels)]
-    reading |= {"num_res_blocks": depth, **_read_levels(firsts, reading["model_channels"])}
+    reading["num_res_blocks"] = depth
+    reading |= _read_levels(blocks[:: depth + 1][:levels], reading["model_channels"])
     positions = state.get("out.2.positional_embedding")
     if positions is not None:
         reading["sample_size"] = math.isqrt(positions.shape[1] - 1) * 2 ** (levels - 1)
@@ -99,8 +100,8 @@ def _read_common(state: Mapping[str, Tensor]) -> Reading:
     return reading
 
 
-def _layers(state: Mapping[str, Tensor], side: str) -> dict[int, list[tuple[str, int]]]:
-    """By block of the encoder or decoder, its layers in order: each one's kind, by a name in it, and its width."""
+def _blocks(state: Mapping[str, Tensor], side: str) -> list[list[tuple[str, int]]]:
+    """The encoder's or decoder's blocks as their layers: each one's kind, by a name in it, and its width."""
     found = {}
     for name, value in state.items():
         if (match := LAYER.fullmatch(name)) and match[1] == side:
@@ -108,7 +109,7 @@ def _layers(state: Mapping[str, Tensor], side: str) -> dict[int, list[tuple[str,
     blocks: dict[int, list[tuple[str, int]]] = {}
     for block, layer in sorted(found):
         blocks.setdefault(block, []).append(found[block, layer])
-    return blocks
+    return [*blocks.values()]
 
 
 def _read_levels(firsts: list[list[tuple[str, int]]], model_channels: int) -> Reading:

@@ -5,11 +5,14 @@ Parameter names and shapes are those of OpenAI's guided-diffusion, so its state 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -27,7 +30,7 @@ def embed_time(timestep: Tensor | float | int, sample: Tensor, width: int, scale
     return get_timestep_embedding(timestep * scale, width, flip_sin_to_cos=True, downscale_freq_shift=0)
 
 
-def zero_init(module: nn.Module) -> nn.Module:
+def zero_init(module: Layer) -> Layer:
     """Sets a module's parameters to zero, so that the branch it ends starts as the zero function."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -46,7 +49,7 @@ def split_heads(qkv: Tensor, num_heads: int, new_attention_order: bool) -> tuple
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def project(layer: nn.Module, tokens: Tensor) -> Tensor:
+def project(layer: nn.Conv1d, tokens: Tensor) -> Tensor:
     """A convolution of width 1 on (B, L, C): with channels last, attention runs in fused kernels."""
     return F.linear(tokens, layer.weight[:, :, 0], layer.bias)
 

@@ -122,8 +122,9 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         pool, num_classes = self.config.pool, self.config.num_classes
         norm = GroupNorm32(self.config.norm_num_groups, channels)
         if pool == "adaptive":
-            last = zero_init(nn.Conv2d(channels, num_classes, 1))
-            return nn.Sequential(norm, nn.SiLU(), nn.AdaptiveAvgPool2d(1), last)
+            return nn.Sequential(
+                norm, nn.SiLU(), nn.AdaptiveAvgPool2d(1), zero_init(nn.Conv2d(channels, num_classes, 1))
+            )
         if pool == "attention":
             return nn.Sequential(norm, nn.SiLU(), AttentionPool(side, channels, num_heads, num_classes))
         first, last = nn.Linear(all_channels, SPATIAL_WIDTH), nn.Linear(SPATIAL_WIDTH, num_classes)
