@@ -59,12 +59,12 @@ def convert_guided_diffusion(
         ValueError: for checkpoints that cannot be read or do not fit the flags; nothing is written then.
     """
     config = ddpm_config(flags)
+    guide = None if classifier is None else _cast(_open_classifier(classifier, flags, class_names), dtype)
+    state = read_state_dict(unet, "--unet")
+    pipe = _pipeline(_cast(load_unet(state, flags), dtype), guide, config, flags["classifier_scale"])
+    lines = [_describe(name, module) for name, module in pipe.components.items() if isinstance(module, nn.Module)]
     with new_folder(Path(output)) as folder:
-        guide = None if classifier is None else _cast(_open_classifier(classifier, flags, class_names), dtype)
-        state = read_state_dict(unet, "--unet")
-        pipe = _pipeline(_cast(load_unet(state, flags), dtype), guide, config, flags["classifier_scale"])
         pipe.save_pretrained(folder)
-        lines = [_describe(name, module) for name, module in pipe.components.items() if isinstance(module, nn.Module)]
         if verify:
             before = {"unet": _outputs(_cast(load_adm_unet(state, flags), dtype))}
             if guide is not None:
@@ -101,10 +101,10 @@ def convert_ncsn(
         ValueError: for files that cannot be read or do not fit each other; nothing is written then.
     """
     scheduler = AnnealedLangevinScheduler(**langevin_config(read_config(config), version))
+    model = load_model(checkpoint, config, version, ema)
+    lines = [_describe("unet", model)]
     with new_folder(Path(output)) as folder:
-        model = load_model(checkpoint, config, version, ema)
         NCSNPipeline(model, scheduler).save_pretrained(folder)
-        lines = [_describe("unet", model)]
         if verify:
             lines += _compare({"unet": _outputs(model)}, NCSNPipeline.from_pretrained(folder))
     return lines

@@ -1,4 +1,4 @@
-"""Networks of guided-diffusion (22e0df8) and improved-diffusion (e94489283bb8), against what the originals gave.
+"""Networks of guided-diffusion (22e0df8) and improved-diffusion (1bc7bbb), against what the originals gave.
 
 adm_networks.npz holds flags, names and shapes of small networks, what they made of the inputs of `adm_networks.case`,
 and its gradient; `frozen_weights` fills them. CPU, float32, torch 2.13.0.
