@@ -5,17 +5,21 @@ from typing import TYPE_CHECKING
 from .lazy import announce, lazy_names
 
 if TYPE_CHECKING:
+    from .models.adm_unet import ADMUNet
     from .models.ncsn import NCSNModel
     from .models.ncsnv2 import NCSNv2Model
     from .models.noisy_classifier import NoisyClassifier
     from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
     from .pipelines.pipeline_ncsn import NCSNPipeline
     from .schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
+    from .schedulers.scheduling_ddim import DDIMScheduler
     from .schedulers.scheduling_ddpm import DDPMScheduler
 
 __all__ = [
+    "ADMUNet",
     "AnnealedLangevinScheduler",
     "ClassifierGuidedPipeline",
+    "DDIMScheduler",
     "DDPMScheduler",
     "NCSNModel",
     "NCSNPipeline",
@@ -24,12 +28,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    ".models.adm_unet": "ADMUNet",
     ".models.ncsn": "NCSNModel",
     ".models.ncsnv2": "NCSNv2Model",
     ".models.noisy_classifier": "NoisyClassifier",
     ".pipelines.pipeline_classifier_guided": "ClassifierGuidedPipeline",
     ".pipelines.pipeline_ncsn": "NCSNPipeline",
     ".schedulers.scheduling_annealed_langevin": "AnnealedLangevinScheduler",
+    ".schedulers.scheduling_ddim": "DDIMScheduler",
     ".schedulers.scheduling_ddpm": "DDPMScheduler",
 }
 lazy_names(__name__, _HOMES)

@@ -5,10 +5,10 @@ import re
 import sys
 from collections.abc import Sequence
 
-from .commands import bits_per_dim, demo, evaluate, push, push_space, sample, sweep, train
+from .commands import bits_per_dim, convert, demo, evaluate, push, push_space, sample, sweep, train
 from .data.process import is_first_process
 
-COMMANDS = (demo, sample, evaluate, sweep, bits_per_dim, push, push_space)
+COMMANDS = (demo, sample, evaluate, sweep, bits_per_dim, convert, push, push_space)
 EXAMPLES = """examples:
   hfdiff demo
   hfdiff sample --class_labels 3 1 4
@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   hfdiff sweep --pipeline hfdiff/mnist-classifier-guided --guidance_scales 0 4 8 --num_images 100 \\
       --reference my_pictures --features classifier:hfdiff/mnist-judge
   hfdiff bits-per-dim --pipeline out/mine
+  hfdiff convert guided-diffusion --unet 64x64_diffusion.pt --preset 64x64 --output out/imagenet-64
   hfdiff push out/mine user/mine
   hfdiff push-space spaces/classifier-guidance user/page
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..models.ncsn import NCSNModel
 from ..models.ncsnv2 import NCSNv2Model
+from .checkpoint import read_checkpoint
 
 # By how many levels a network has: their widths, and the original's names of the encoder's levels and decoder's blocks.
 ARCHITECTURES: dict[int, tuple[tuple[int, ...], list[str], list[str]]] = {
@@ -53,7 +54,7 @@ def load_model(
     """
     if version not in (1, 2):
         raise ValueError(f"`version` must be 1 for NCSN or 2 for NCSNv2, got {version!r}.")
-    settings = _read_config(config)
+    settings = read_config(config)
     state = _fold_spectral_norm(_read_state(checkpoint, version, ema))
     conditional = any(name.endswith(".embed.weight") for name in state)
     if conditional != (version == 1):
@@ -83,7 +84,7 @@ def _check_sigmas(sigmas: Tensor, expected: Tensor) -> None:
 def _read_state(checkpoint: Any, version: int, ema: bool) -> dict[str, Tensor]:
     """The weights by the original's names, of the moving average or the raw ones."""
     if isinstance(checkpoint, str | PathLike):
-        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(checkpoint)
     if isinstance(checkpoint, Mapping):
         return _bare(checkpoint)
     if not isinstance(checkpoint, list | tuple) or not checkpoint or not isinstance(checkpoint[0], Mapping):
@@ -183,11 +184,18 @@ _ConfigLoader.add_constructor("tag:yaml.org,2002:python/object:argparse.Namespac
 _ConfigLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, tag, node: None)
 
 
-def _read_config(config: Any) -> dict[str, Any]:
-    """The configuration as nested dicts."""
+def read_config(config: Any) -> dict[str, Any]:
+    """The original's configuration as nested dicts, from any form that [`load_model`] takes.
+
+    Raises:
+        ValueError: where the file cannot be read, or `data` or `model` is missing.
+    """
     if isinstance(config, str | PathLike):
-        with open(config) as file:
-            config = yaml.load(file, Loader=_ConfigLoader)
+        try:
+            with open(config) as file:
+                config = yaml.load(file, Loader=_ConfigLoader)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"`config` must be the path of a YAML file, got {str(config)!r}: {error}.") from error
     settings = _as_dict(config)
     if not isinstance(settings, dict) or not all(isinstance(settings.get(part), dict) for part in ("data", "model")):
         raise ValueError(

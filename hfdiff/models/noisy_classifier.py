@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from .layers import AttentionBlock, AttentionPool, Downsample, GroupNorm32, ResBlock, zero_init
+from .layers import AttentionPool, Blocks, GroupNorm32, check_sizes, embed_time, zero_init
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 SPATIAL_WIDTH = 2048  # hidden width of the spatial pools' two-layer head
@@ -58,6 +57,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         guidance_scale: w at which it guides best, a pipeline's default.
         noise_schedule: config of the noise the classifier was trained on (`num_train_timesteps`, `beta_schedule`,
             `beta_start`, `beta_end`, `trained_betas`); a pipeline refuses a scheduler with other noise levels.
+        timestep_scale: the network sees `timestep_scale * timestep`.
 
     Raises:
         ValueError: for an unknown pool, sizes that do not divide, or an `id2label` that is not 0..K-1.
@@ -85,73 +85,36 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         norm_num_groups: int = 32,
         id2label: dict[int, str] | None = None,
         noise_schedule: dict[str, Any] | None = None,
+        timestep_scale: float = 1.0,
         guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         widths = [int(mult * model_channels) for mult in channel_mult]
         self._check_config(widths)
-        emb_channels = 4 * model_channels
         self.gradient_checkpointing = False
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        make = Blocks(
+            4 * model_channels,
+            dropout,
+            use_scale_shift_norm,
+            norm_num_groups,
+            num_heads,
+            num_head_channels,
+            use_new_attention_order,
         )
-
-        def res_block(channels: int, out_channels: int, down: bool = False) -> ResBlock:
-            return ResBlock(
-                channels,
-                emb_channels,
-                out_channels,
-                dropout=dropout,
-                scale_shift=use_scale_shift_norm,
-                down=down,
-                norm_num_groups=norm_num_groups,
-            )
-
-        def heads(channels: int) -> int:
-            return num_heads if num_head_channels is None else channels // num_head_channels
-
-        def attention(channels: int) -> AttentionBlock:
-            return AttentionBlock(channels, heads(channels), norm_num_groups, use_new_attention_order)
-
-        channels = widths[0]
-        blocks = [nn.ModuleList([nn.Conv2d(in_channels, channels, 3, padding=1)])]
-        feature_widths = [channels]
-        for level, width in enumerate(widths):
-            for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [res_block(channels, width)]
-                channels = width
-                if 2**level in attention_downsamples:
-                    layers.append(attention(channels))
-                blocks.append(nn.ModuleList(layers))
-                feature_widths.append(channels)
-            if level < len(widths) - 1:
-                down = res_block(channels, channels, down=True) if resblock_updown else Downsample(channels)
-                blocks.append(nn.ModuleList([down]))
-                feature_widths.append(channels)
-        feature_widths.append(channels)
-        self.input_blocks = nn.ModuleList(blocks)  # the first is one convolution, the others blocks of (x, emb)
-        self.middle_block = nn.ModuleList(
-            [res_block(channels, channels), attention(channels), res_block(channels, channels)]
+        self.time_embed = make.time_embed(model_channels)
+        self.input_blocks, block_channels = make.encoder(
+            in_channels, widths, num_res_blocks, attention_downsamples, resblock_updown
         )
+        channels = widths[-1]
+        self.middle_block = make.middle(channels)
         side = sample_size // 2 ** (len(widths) - 1)
-        self.out = self._make_head(channels, sum(feature_widths), side, heads(channels))
+        self.out = self._make_head(channels, sum(block_channels) + channels, side, make.heads(channels))
 
     def _check_config(self, widths: list[int]) -> None:
         config = self.config
         if config.pool not in POOLS:
             raise ValueError(f"`pool` must be one of {POOLS}, got {config.pool!r}.")
-        factor = 2 ** (len(widths) - 1)
-        if config.sample_size % factor:
-            raise ValueError(
-                f"`sample_size` must be a multiple of {factor} for {len(widths)} levels, got {config.sample_size}; "
-                "use fewer entries in `channel_mult` or another size."
-            )
-        for width in widths:
-            if width % config.norm_num_groups:
-                raise ValueError(
-                    f"`norm_num_groups` must divide every level's width, got {config.norm_num_groups} for {width} "
-                    "channels; lower it or change `model_channels`."
-                )
+        check_sizes(config.sample_size, widths, config.norm_num_groups)
         scale = config.guidance_scale
         if scale is not None and not 0 <= scale < math.inf:
             raise ValueError(f"`guidance_scale` must be finite and at least 0, got {scale}.")
@@ -165,8 +128,9 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         pool, num_classes = self.config.pool, self.config.num_classes
         norm = GroupNorm32(self.config.norm_num_groups, channels)
         if pool == "adaptive":
-            last = zero_init(nn.Conv2d(channels, num_classes, 1))
-            return nn.Sequential(norm, nn.SiLU(), nn.AdaptiveAvgPool2d(1), last)
+            return nn.Sequential(
+                norm, nn.SiLU(), nn.AdaptiveAvgPool2d(1), zero_init(nn.Conv2d(channels, num_classes, 1))
+            )
         if pool == "attention":
             return nn.Sequential(norm, nn.SiLU(), AttentionPool(side, channels, num_heads, num_classes))
         first, last = nn.Linear(all_channels, SPATIAL_WIDTH), nn.Linear(SPATIAL_WIDTH, num_classes)
@@ -182,8 +146,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 
     def _encode(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
         """The last map (B, C', H', W'), or the concatenated spatial means of all levels for the spatial pools."""
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        emb = get_timestep_embedding(timestep, self.config.model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        emb = embed_time(timestep, sample, self.config.model_channels, self.config.timestep_scale)
         emb = self.time_embed(emb.to(self.dtype))
         first, *blocks = self.input_blocks.children()
         (conv_in,) = first.children()

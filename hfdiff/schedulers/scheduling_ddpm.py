@@ -107,6 +107,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: linspace, leading or trailing (Lin et al. 2024, table 2), for `num_inference_steps`.
         steps_offset: added to the timesteps of leading spacing.
         rescale_betas_zero_snr: rescale the betas to ᾱ_{T-1} = 0.
+        respacing: what `set_timesteps` takes where it is given nothing. Its rule, OpenAI's, also spaces other numbers
+            of steps, in place of `timestep_spacing`.
 
     Raises:
         ValueError: for an unknown beta schedule, variance type, prediction type or spacing.
@@ -134,6 +136,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
+        respacing: str | None = None,
     ) -> None:
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
@@ -165,6 +168,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Chooses the timesteps of the reverse chain and computes its coefficients. Give exactly one of the three.
 
+        With a `respacing` in the config, that is what none of the three means.
+
         Args:
             num_inference_steps: how many, spaced by the config's `timestep_spacing`.
             device: where `timesteps` is kept.
@@ -177,6 +182,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "respacing": respacing}
         names = [name for name, value in given.items() if value is not None]
+        if not names and self.config.respacing is not None:
+            names, respacing = ["respacing"], self.config.respacing
         if len(names) != 1:
             raise ValueError(
                 "Expected exactly one of `num_inference_steps`, `timesteps` and `respacing`, got "
@@ -200,6 +207,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         total = len(self)
         if not 1 <= count <= total:
             raise ValueError(f"`num_inference_steps` must be between 1 and the {total} trained timesteps, got {count}.")
+        if self.config.respacing is not None:
+            return space_timesteps(total, _respaced(self.config.respacing, count))
         if self.config.timestep_spacing == "linspace":
             return torch.linspace(0, total - 1, count, dtype=torch.float64).round().long().tolist()
         if self.config.timestep_spacing == "leading":
@@ -424,3 +433,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 def _add_scaled(total: Tensor, term: Tensor, scale: float | Tensor) -> Tensor:
     """total + scale · term, in place for one scale (the tensors here are the step's own)."""
     return total.add_(term, alpha=scale) if isinstance(scale, float) else total.addcmul_(term, scale)
+
+
+def _respaced(respacing: str, count: int) -> str:
+    """A respacing of the same kind with another count."""
+    if respacing.startswith("ddim"):
+        return f"ddim{count}"
+    return respacing if sum(int(part) for part in respacing.split(",")) == count else str(count)

@@ -37,7 +37,7 @@ def test_matches_guided_diffusion(data_dir):
 
 
 def test_attention_orders_differ_only_in_their_rows():
-    qkv = torch.arange(24.0).view(1, 24, 1)
+    qkv = torch.arange(24.0).view(1, 1, 24)
     legacy, new = split_heads(qkv, 2, False), split_heads(qkv, 2, True)
     assert legacy[0].flatten().tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
     assert new[0].flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
