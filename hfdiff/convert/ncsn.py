@@ -195,7 +195,8 @@ def read_config(config: Any) -> dict[str, Any]:
             with open(config) as file:
                 config = yaml.load(file, Loader=_ConfigLoader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"`config` must be the path of a YAML file, got {str(config)!r}: {error}.") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"`config` must be the path of a YAML file, got {str(config)!r}: {reason}.") from error
     settings = _as_dict(config)
     if not isinstance(settings, dict) or not all(isinstance(settings.get(part), dict) for part in ("data", "model")):
         raise ValueError(

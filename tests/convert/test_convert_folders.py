@@ -25,6 +25,7 @@ from hfdiff.convert.guided_diffusion import load_classifier, load_unet
 from hfdiff.convert.imagenet import IMAGENET_CLASSES
 from hfdiff.convert.ncsn import load_model
 from hfdiff.convert.schedule import ddpm_config
+from hfdiff.pipelines.hub_download import _choose_weights
 
 TEXTS = {
     "unet": as_text(network("unet.adm")[0]),
@@ -183,14 +184,17 @@ def test_an_unconditional_unet_alone_opens_as_ddpm_and_takes_a_classifier(checkp
     assert len(pipe(["a", "b"], num_inference_steps=2, output_type="np").images) == 2
 
 
-def test_a_flat_folder_of_a_ddpm_takes_a_classifier(guided, tmp_path):
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_a_flat_folder_of_a_ddpm_takes_a_classifier(guided, tmp_path, safetensors):
     """As the first DDPMs on the Hub are: no folders of components, the config of each in the one there is."""
     from_folders = diffusers.DDPMPipeline.from_pretrained(make_ddpm(tmp_path / "folders"))
-    for component in (from_folders.unet, from_folders.scheduler):
-        component.save_pretrained(tmp_path / "flat")
+    from_folders.unet.save_pretrained(tmp_path / "flat", safe_serialization=safetensors)
+    from_folders.scheduler.save_pretrained(tmp_path / "flat")
     index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.1.1"}
     index |= {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
     (tmp_path / "flat" / "model_index.json").write_text(json.dumps(index))
+    weights = f"diffusion_pytorch_model.{'safetensors' if safetensors else 'bin'}"
+    assert _choose_weights([path.name for path in (tmp_path / "flat").iterdir()], None) == [weights]  # of the Hub's
     classifier = NoisyClassifier.from_pretrained(guided, subfolder="classifier")
     classifier.register_to_config(noise_schedule=None)
     images = []
@@ -312,6 +316,36 @@ def test_bad_files_are_refused_in_a_sentence_and_nothing_is_written(bad_checkpoi
     assert match in error
     assert error.count("\n") == 1
     assert sorted(bad_checkpoints.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"format": "ncsn"}, "`version` must be 2"),
+        ({"--checkpoint": "config.yml"}, "no file of PyTorch's"),
+        ({"--config": "missing.yml"}, "`--config` must be a file"),
+        ({"text": "data: ["}, "`config` must be the path of a YAML file"),
+        ({"text": "data: {}"}, "`config` must have the parts"),
+        ({"sigma_dist": "uniform"}, "geometric noise levels"),
+    ],
+)
+def test_bad_ncsns_are_refused_and_nothing_is_written(data_dir, tmp_path, capsys, monkeypatch, change, match):
+    monkeypatch.chdir(tmp_path)
+    levels = {
+        "num_classes": 10,
+        "sigma_begin": 1,
+        "sigma_end": 0.01,
+        "sigma_dist": change.get("sigma_dist", "geometric"),
+    }
+    config = {"data": {"image_size": 28, "channels": 1}, "model": {"ngf": 8, **levels}}
+    (tmp_path / "config.yml").write_text(change.get("text", yaml.safe_dump(config)))
+    options = {"--checkpoint": data_dir / "ncsnv2_list.pt", "--config": "config.yml", "--output": "out"}
+    options |= {name: value for name, value in change.items() if name in options}
+    assert convert(change.get("format", "ncsnv2"), *[part for option in options.items() for part in option]) == 2
+    error = capsys.readouterr().err
+    assert match in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yml"]
 
 
 @pytest.mark.parametrize(
