@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--split", default="test", help='"train" or "test"; a file is taken whole')
     command.add_argument("--image_column", default="image", help="the dataset's column of images")
     command.add_argument("--label_column", default="label", help="its column of labels, for a class-conditional model")
-    command.add_argument("--num_images", "--num", type=int, help="so many images, spread evenly; all by default")
+    command.add_argument("--num_images", "--num", type=int, help="the first so many images; all by default")
     command.add_argument("--respacing", help='the bound of a shorter chain: "250", "10,15,20" or "ddim25"')
     command.add_argument("--batch_size", type=int, default=256, help="images per model call")
     command.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -116,8 +116,7 @@ def load_data(args: argparse.Namespace, unet: Any) -> "tuple[torch.Tensor, torch
             f"{data.images.shape[1]}; name the model's own data."
         )
     labels = data.labels if config.get("num_class_embeds") else None
-    chosen = data._replace(labels=labels).spread(args.num_images or len(data.images))
-    return chosen.images, chosen.labels
+    return data.images[: args.num_images], None if labels is None else labels[: args.num_images]
 
 
 def summarize(result: "BitsPerDim", args: argparse.Namespace) -> dict[str, Any]:

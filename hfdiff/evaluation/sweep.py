@@ -178,7 +178,7 @@ class SweepTable:
         best = self.best()
         lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
         for row in self.rows:
-            cells = [str(row[name]) if name in SETTINGS else show_value(row[name]) for name in names]
+            cells = [str(row[name]) if isinstance(row[name], int | str) else show_value(row[name]) for name in names]
             lines.append(f"| {' | '.join(f'**{cell}**' if row is best else cell for cell in cells)} |")
         return "\n".join(lines) + "\n"
 

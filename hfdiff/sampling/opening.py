@@ -85,7 +85,9 @@ class OpenedPipeline:
         own = self.scheduler
         if name is None or name.removesuffix("Scheduler") == type(own).__name__.removesuffix("Scheduler"):
             return own
-        return scheduler_class(name).from_config(own.config)
+        kind = scheduler_class(name)
+        known = {*kind._get_init_keys(kind), "_class_name", "_use_default_values"}  # of others diffusers would warn
+        return kind.from_config({key: value for key, value in own.config.items() if key in known})
 
 
 def open_pipeline(source: str, device: torch.device | str = "cpu") -> OpenedPipeline:

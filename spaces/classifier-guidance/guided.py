@@ -127,7 +127,7 @@ images = pipe(
         labels, schedulers = self.opened.labels, list(self.opened.schedulers)
         chosen = [labels[i] for i in (3, 1, 4) if i < len(labels)] or labels[:1]
         few = len(labels) <= MOST_BOXES
-        usual = self.opened.pipe.config.default_guidance_scale
+        usual = self.opened.pipe.default_guidance_scale
         controls = [
             gr.CheckboxGroup(labels, value=chosen, label="Classes")
             if few

@@ -11,7 +11,6 @@ import torch
 from hfdiff import AnnealedLangevinScheduler, ClassifierGuidedPipeline, NCSNPipeline
 from hfdiff.pipelines.hub_download import bundled_source
 
-OPTIONS = ("default_guidance_scale",)  # what pipelines are made with besides components
 OTHER_SCHEDULERS = {
     "DDIM": diffusers.DDIMScheduler,
     "DPM-Solver++": diffusers.DPMSolverMultistepScheduler,
@@ -66,8 +65,7 @@ class Opened:
     def with_scheduler(self, kind: type, **config: Any) -> Any:
         """A pipeline of the same networks with a scheduler of its own, whose state no other drawing touches."""
         scheduler = kind.from_config(self.pipe.scheduler.config, **config)
-        options = {name: self.pipe.config[name] for name in OPTIONS if name in self.pipe.config}
-        pipe = type(self.pipe)(**{**self.pipe.components, "scheduler": scheduler}, **options)
+        pipe = type(self.pipe).from_pipe(self.pipe, scheduler=scheduler)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import re
-import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -270,11 +269,3 @@ def test_the_command_ends_with_a_message(
     assert main(["bits-per-dim", "--pipeline", str(pipeline), *output, *flags]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
-
-
-def test_the_command_asks_for_matplotlib(
-    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["bits-per-dim", "--pipeline", str(pipeline)]) == 2
-    assert "matplotlib" in capsys.readouterr().err

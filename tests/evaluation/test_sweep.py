@@ -151,7 +151,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(folder, tmp_path, capsys, monkeypa
     assert run(*command(folder, tmp_path, "--metrics", "accuracy", "--nearest", "2")) == 0
     assert (len(draws), len(measured)) == (9, 8)  # measured anew, not drawn
     assert run(*command(folder, tmp_path, "--seed", "1")) == 2
-    assert "holds other samples: `seed` was 0, is 1" in capsys.readouterr().err
+    assert "holds other samples: `--seed` was 0, is 1" in capsys.readouterr().err
 
 
 def test_a_point_is_what_evaluate_says(folder, tmp_path):
@@ -181,9 +181,9 @@ def test_settings_are_checked_before_anything_is_drawn(folder, tmp_path, capsys,
     monkeypatch.setattr(Sampler, "draw", lambda *_: pytest.fail("drawn"))
     for arguments, message in [
         (["--schedulers", "DDIM", "Magic"], "must be a scheduler of diffusers"),
-        (["--class_labels", "wolf"], "`class_labels` must be"),
-        (["--metrics", "fid,fad"], "`metrics` must be some of"),
-        (["--features", "classifier:nowhere"], "`features` must name"),
+        (["--class_labels", "wolf"], "`--class_labels` must be"),
+        (["--metrics", "fid,fad"], "`--metrics` must be some of"),
+        (["--features", "classifier:nowhere"], "`--features` must name"),
         (["--guidance_scales", "nan"], "`guidance_scale` must be finite"),
         (["--num_inference_steps", "2000"], "num_inference_steps"),
     ]:

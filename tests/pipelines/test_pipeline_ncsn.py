@@ -164,7 +164,7 @@ def test_a_ddpm_unet_samples_by_its_levels() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
         ({"output_type": "jpeg"}, "`output_type`"),
         ({"generator": generators(1)}, "`generator`"),
         ({"image": torch.zeros(1, 1, 16, 16)}, "got no `mask_image`"),

@@ -131,7 +131,7 @@ def test_each_tab_draws_a_film_that_ends_in_the_images_it_offers(chromium, addre
     page = Page(chromium, address, tab)
     page.draw()
     assert page.until(page.curves) >= 1
-    assert "manual_seed(0" in page.code()
+    assert "image_generator" in page.code()
     page.save(tab)
     images = np.load(page.download("npz", saved))["arr_0"]
     picture = np.asarray(Image.open(page.download("PNG", saved)))
