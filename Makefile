@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench space clean
+.PHONY: demo test test-portable bench space clean
 
 demo: $(VENV)/installed ## draw ten guided digits above ten unguided ones: out/guided.png
 	$(BIN)/hfdiff demo
@@ -12,6 +12,11 @@ test: $(VENV)/installed-dev ## lint, types and tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+NUMERICAL := $(addprefix tests/,schedulers models evaluation convert data training/test_losses.py training/test_timesteps.py)
+
+test-portable: $(VENV)/installed-dev ## the numerical tests with other processors' kernels
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(BIN)/pytest $(NUMERICAL)
 
 space: $(VENV)/installed-space ## the page on http://127.0.0.1:7860
 	$(BIN)/python spaces/classifier-guidance/app.py
