@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     columns = args.num_images if args.class_labels and (args.num_images or 1) > 1 else _columns(len(images), labels)
     save(images, labels, args.output, columns)
     shown = "" if labels is None else f" of {', '.join(dict.fromkeys(_names(labels, opened.id2label)))}"
-    print(f"{args.output}: {len(images)} images{shown}")
+    print(f"{args.output}: {len(images)} image{'s' if len(images) > 1 else ''}{shown}")
 
 
 def _settings(args: argparse.Namespace) -> SamplingSettings:

@@ -34,7 +34,7 @@ def choose_tracker(report_to: str | None) -> str | None:
     if report_to not in (NO_TRACKER, *installed):
         raise ValueError(
             f"`report_to` must be one of the installed trackers {installed} or {NO_TRACKER!r}, got {report_to!r}; "
-            "install it."
+            f"`pip install {report_to}`, or leave it out."
         )
     return None if report_to == NO_TRACKER else report_to
 
