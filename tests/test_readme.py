@@ -34,6 +34,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("name", RUN)
 def test_the_code_of_a_page_runs_from_top_to_bottom(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()  # as the demo leaves it
     code = "\n".join(blocks(ROOT / name, "python"))
     assert code
     if SERVED not in code:
