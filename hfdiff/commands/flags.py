@@ -105,7 +105,7 @@ def check_path(name: str, source: str | None) -> None:
     Raises:
         ValueError: then.
     """
-    if source is None or Path(source).exists() or source in (GUIDED, JUDGE):
+    if source is None or Path(source).exists() or source.startswith("hfdiff/"):  # its Hub ids, also in its clone
         return
     path = Path(source)
     may_be_hub_id = source.count("/") < 2 and not source.startswith((".", "/", "~")) and not path.suffix

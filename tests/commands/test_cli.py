@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_models import make_judge, make_pipeline
 
 from hfdiff import AnnealedLangevinScheduler, NCSNPipeline, NCSNv2Model, cli
+from hfdiff.commands.flags import check_path
 from hfdiff.data.pictures import image_grid, to_bytes
 from hfdiff.sampling import scheduler_class
 
@@ -66,6 +67,18 @@ def test_image_i_of_a_seed_is_the_same_picture_in_every_command(folder, tmp_path
     sampled, drawn = (np.load(tmp_path / name) for name in ("sampled.npz", "drawn/samples.npz"))
     assert sampled["arr_1"].tolist() == drawn["arr_1"].tolist() == [0, 1, 2, 0]
     assert np.abs(sampled["arr_0"].astype(int) - drawn["arr_0"]).max() <= 1
+
+
+def test_what_may_be_a_hub_id_is_left_to_the_hub(tmp_path, monkeypatch):
+    """Also in a clone, where the folder `hfdiff` is the package."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hfdiff").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in (None, "hfdiff/mnist-ncsn", "user/name", "out"):
+        check_path("pipeline", name)
+    for name in ("out/typo", "typo.npz", "a/b/c", "./typo"):
+        with pytest.raises(ValueError, match="`pipeline` must be there, got"):
+            check_path("pipeline", name)
 
 
 def test_one_image_of_each_class_by_default(folder, tmp_path, capsys):
