@@ -13,8 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from .components import check_components, config_of, floats_of
-from .gaussian import clip_x0_, convert, from_x0, to_x0
-from .guidance import classifier_gradient, shift_epsilon
+from .guided_sampling import GuidedSampling
 from .hub_mixin import HubMixin
 from .inputs import (
     Labels,
@@ -28,9 +27,7 @@ from .inputs import (
 )
 from .optimization import optimize_module
 from .outputs import CALLBACK_TENSORS, OUTPUT_TYPES, StepCallback, check_finite, draws_from_zero, format_images
-from .steps import alpha_bar_at, scheduler_guides, set_timesteps, step_options, unclipped
-
-VARIANCE_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler")  # those that read a learned variance
+from .steps import scheduler_guides, set_timesteps, step_options
 
 Scale = float | Tensor
 
@@ -132,7 +129,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
         check_components(self.unet, self.classifier, self.scheduler, self.id2label)
-        guides = scheduler_guides(self.scheduler, guidance_mode) if self.classifier is not None else False
+        shifts_mean = scheduler_guides(self.scheduler, guidance_mode) if self.classifier is not None else False
         labels = self._labels(class_labels, guidance_scale)
         count = check_batch_size(batch_size, labels)
         self._guidance_scale = self._choose_scale(guidance_scale, labels)
@@ -146,24 +143,17 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         scales = [scale if start <= point <= end else 0.0 for point, scale in zip(progress, scales)]
         latents = latents * self.scheduler.init_noise_sigma
 
+        sampling = GuidedSampling(self.unet, self.classifier, self.scheduler, labels, scales, shifts_mean, options)
+
         for i, t in enumerate(self.progress_bar(steps)):
             xt = self.scheduler.scale_model_input(latents, t)
-            output = self._predict(xt, t, labels)
-            if labels is None or (isinstance(scales[i], float) and scales[i] == 0):
-                step = self.scheduler.step(output, t, latents, **options)
-            else:
-                gradient = classifier_gradient(self.classifier, xt, t, labels, scales[i])
-                if guides:
-                    step = self.scheduler.step(output, t, latents, guidance=gradient, **options)
-                else:
-                    output = self._shift_score(output, xt, alpha_bar_at(self.scheduler, i, t), gradient)
-                    with unclipped(self.scheduler):
-                        step = self.scheduler.step(output, t, latents, **options)
+            output, gradient = sampling.evaluate(xt, t, i)
+            step, output = sampling.reverse(output, gradient, latents, xt, t, i)
             latents = step.prev_sample
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "model_input": xt}
                 if "pred_original_sample" in callback_on_step_end_tensor_inputs:
-                    tensors["pred_original_sample"] = self._predicted_x0(step, output, xt, i, t)
+                    tensors["pred_original_sample"] = sampling.predicted_x0(step, output, xt, t, i)
                 tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
             if self._interrupt:
@@ -186,34 +176,6 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             if module is not None:
                 optimize_module(module, self._execution_device)
         return self
-
-    # --- one step ----------------------------------------------------------------------------------------------------
-
-    def _predict(self, xt: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """The UNet's output in the latents' dtype, without a learned variance that the scheduler would not read."""
-        condition = {} if config_of(self.unet, "num_class_embeds") is None else {"class_labels": labels}
-        output = self.unet(xt.to(floats_of(self.unet).dtype), t, **condition).sample.to(xt.dtype)
-        return output if type(self.scheduler).__name__ in VARIANCE_SCHEDULERS else output[:, : xt.shape[1]]
-
-    def _predicted_x0(self, step: Any, output: Tensor, xt: Tensor, index: int, timestep: Tensor) -> Tensor:
-        """The x_0 that a step aimed at, which the steps of some schedulers do not tell."""
-        x0 = getattr(step, "pred_original_sample", None)
-        if x0 is not None:
-            return x0
-        output, kind = output[:, : xt.shape[1]], self.scheduler.config.prediction_type
-        return to_x0(output, xt, alpha_bar_at(self.scheduler, index, timestep), kind)
-
-    def _shift_score(self, output: Tensor, xt: Tensor, alpha_bar: float, gradient: Tensor) -> Tensor:
-        """Algorithm 2: the model output, of the scheduler's prediction type, with its noise shifted by the gradient.
-
-        As in guided-diffusion, the noise is derived again from the clipped x_0 before the shift, and the shifted x_0 is
-        not clipped.
-        """
-        output, variance = output[:, : xt.shape[1]], output[:, xt.shape[1] :]
-        kind = self.scheduler.config.prediction_type
-        x0 = clip_x0_(to_x0(output, xt, alpha_bar, kind), self.scheduler.config)
-        eps = shift_epsilon(from_x0(x0, xt, alpha_bar, "epsilon"), alpha_bar, gradient)
-        return torch.cat([convert(eps, xt, alpha_bar, "epsilon", kind), variance], dim=1)
 
     # --- what a call is given ----------------------------------------------------------------------------------------
 
