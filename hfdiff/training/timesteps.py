@@ -75,7 +75,7 @@ class LogSNRSampler:
     """
 
     def __init__(
-        self, alphas_cumprod: Tensor, bounds: tuple[float, float] = (-7.0, 2.0), uniform_probability: float = 0.1
+        self, alphas_cumprod: Tensor, bounds: tuple[float, float] = (-7.0, 1.0), uniform_probability: float = 0.1
     ) -> None:
         alpha_bar = alphas_cumprod.double().cpu()
         log_snr = (alpha_bar / (1 - alpha_bar)).log()

@@ -22,7 +22,7 @@ from .augmentation import Augmentation
 from .batches import BatchStream, load_training_data
 from .card import find_repository, publish, write_card
 from .checkpoints import placed
-from .classifier_report import load_judge, make_monitor, report_noise_levels, report_samples
+from .classifier_report import load_judge, make_monitor, report_gradient, report_noise_levels, report_samples
 from .diffusion_model import DiffusionModel, Levels, make_levels, model_folder, noise_schedule, open_diffusion_model
 from .finish import tell_what_was_made
 from .loop import Loss, make_accelerator, train
@@ -79,7 +79,7 @@ def run(settings: ClassifierSettings) -> None:
     sampler = LogSNRSampler(scheduler.alphas_cumprod) if settings.time_sampling == "log-snr" else None
     batches = BatchStream(data, batch_size, len(scheduler), settings.seed, augmentation, sampler)
     repository = on_main(accelerator, lambda: find_repository(settings))
-    monitor = make_monitor(classifier, scheduler, validation, settings.seed) if validation else None
+    monitor = make_monitor(unet, classifier, scheduler, validation, settings.seed) if validation else None
     loss = make_loss(settings, unet, teacher and teacher.unet, scheduler, len(data.label_names))
     train(settings, accelerator, classifier, batches, loss, monitor=monitor)
     if accelerator.is_main_process:
@@ -265,6 +265,8 @@ def finish(
     with placed(settings.output_dir) as folder:
         trained.save_pretrained(folder)
         numbers = report_noise_levels(classifier, scheduler, validation, settings.seed, folder) if validation else []
+        if guided and validation:
+            numbers += report_gradient(trained.unet, classifier, scheduler, validation, settings.seed, folder)
         if guided and settings.sample_images:
             per_class, steps = settings.sample_images, settings.sample_steps
             options = {"per_class": per_class, "steps": steps, "judge": settings.judge, "seed": settings.seed}
