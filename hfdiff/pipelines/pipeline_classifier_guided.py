@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -26,8 +26,17 @@ from .inputs import (
     scale_at,
 )
 from .optimization import optimize_module
-from .outputs import CALLBACK_TENSORS, OUTPUT_TYPES, StepCallback, check_finite, draws_from_zero, format_images
+from .outputs import (
+    CALLBACK_TENSORS,
+    OUTPUT_TYPES,
+    GuidedOutput,
+    StepCallback,
+    check_finite,
+    draws_from_zero,
+    format_images,
+)
 from .steps import scheduler_guides, set_timesteps, step_options
+from .twisted import Particles, check_num_particles, repeat_generators
 
 Scale = float | Tensor
 
@@ -96,7 +105,8 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         timesteps: Sequence[int] | None = None,
         respacing: str | None = None,
         batch_size: int = 1,
-    ) -> ImagePipelineOutput | tuple[Any]:
+        num_particles: int = 1,
+    ) -> GuidedOutput | tuple[Any]:
         """Draws one image per class label, or unguided images where there are no labels.
 
         Args:
@@ -120,6 +130,10 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             timesteps: the steps themselves, descending, in place of their number, where the scheduler takes them.
             respacing: OpenAI's "250", "10,15,20" or "ddim25", in place of their number, for hfdiff's DDPMScheduler.
             batch_size: how many images, where there are no labels to count.
+            num_particles: K, of each image: sequential Monte Carlo, exact as K grows even where the gradient is wrong
+                (Wu et al. 2023, [`Particles`]), for K times the calls. `effective_sample_size` of the output says how
+                far guidance alone is from p(x) p(y | x)^w. `latents` is to have K of each image, in a row, and
+                callbacks see as many until the last step.
 
         Raises:
             ValueError: for an argument out of its range, before any model runs; for images that are not finite.
@@ -134,7 +148,9 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         count = check_batch_size(batch_size, labels)
         self._guidance_scale = self._choose_scale(guidance_scale, labels)
         check_generator(generator, count)
-        latents = self._initial_noise(count, generator, latents)
+        check_num_particles(num_particles, self.scheduler, eta, labels)
+        particle_generator = repeat_generators(generator, num_particles)
+        latents = self._initial_noise(count * num_particles, particle_generator, latents)
         options = step_options(self.scheduler, generator, eta)
         steps = set_timesteps(self.scheduler, self._execution_device, num_inference_steps, timesteps, respacing)
         self._num_timesteps, self._interrupt = len(steps), False
@@ -144,11 +160,16 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         latents = latents * self.scheduler.init_noise_sigma
 
         sampling = GuidedSampling(self.unet, self.classifier, self.scheduler, labels, scales, shifts_mean, options)
+        particles = Particles(sampling, count, num_particles, generator) if num_particles > 1 else None
 
         for i, t in enumerate(self.progress_bar(steps)):
             xt = self.scheduler.scale_model_input(latents, t)
-            output, gradient = sampling.evaluate(xt, t, i)
-            step, output = sampling.reverse(output, gradient, latents, xt, t, i)
+            evaluation = sampling.evaluate(xt, t, i)
+            if particles is None:
+                step, output = sampling.reverse(evaluation.output, evaluation.gradient, latents, xt, t, i)
+            else:
+                xt, evaluation = particles.weigh(xt, evaluation, i)
+                step, output = particles.propose(evaluation, xt, t, i)
             latents = step.prev_sample
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "model_input": xt}
@@ -164,7 +185,9 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         images: Any = latents
         if output_type != "latent":
             images = format_images(latents if draws_from_zero(self.unet) else latents / 2 + 0.5, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return (images,)
+        return GuidedOutput(images, None if particles is None else torch.stack(particles.effective_sample_sizes))
 
     def optimize(self) -> "ClassifierGuidedPipeline":
         """Makes sampling faster on this machine, and returns the pipeline.

@@ -232,7 +232,8 @@ def guided_denoising_loss(
 
     The noise ε itself is a target far noisier than the gradient is large. A class-conditional UNet predicts its mean,
     E[ε | x_t, y]; with such a `teacher` that takes the place of ε, and the gradient is distilled from the difference
-    of two UNets, √(1-ᾱ_t) ∇ log p(y | x_t) = ε_θ(x_t) - ε_teacher(x_t, y).
+    of two UNets, √(1-ᾱ_t) ∇ log p(y | x_t) = ε_θ(x_t) - ε_teacher(x_t, y). They should differ in the class alone, as
+    one network told the class and told none does.
 
     Args:
         classifier: maps (x_t, t) to logits (B, K); receives gradients, through two backward passes.

@@ -221,8 +221,8 @@ class ClassifierSettings(TrainingSettings):
         classification_weight: weight of the cross entropy in the loss.
         guided_denoising_weight: weight of the guided denoising loss, which trains the classifier's gradient.
         teacher: the folder or Hub id of a class-conditional model, trained with class_dropout on the same noise levels,
-            from which that loss distils the gradient; without a diffusion_model, it is also the one to guide, as it
-            draws where it is told no class.
+            from which that loss distils the gradient: what it predicts without the class, less what it predicts with;
+            without a diffusion_model, it is also the one to guide, as it draws where it is told no class.
         time_sampling: "uniform", or "log-snr", which draws more of the noisy levels, where the class is decided.
         guidance_scale: the pipeline's default, also that of the samples drawn at the end.
         sample_images: images of each class drawn for `samples.png` at the end; 0 draws none.

@@ -71,16 +71,18 @@ def run(settings: ClassifierSettings) -> None:
         load_judge(settings.judge, classifier)
     if unet is not None and settings.guided_denoising_weight:
         unet.to(accelerator.device)
+    denoiser = unet
     if teacher is not None:
         check_teacher(teacher, scheduler, data)
         teacher.unet.requires_grad_(False).to(accelerator.device)
+        denoiser = without_classes(teacher.unet)  # what differs between the two is the class alone
     augmentation = Augmentation(not settings.center_crop, settings.random_flip, settings.shift_augmentation)
     batch_size = settings.train_batch_size * accelerator.num_processes
     sampler = LogSNRSampler(scheduler.alphas_cumprod) if settings.time_sampling == "log-snr" else None
     batches = BatchStream(data, batch_size, len(scheduler), settings.seed, augmentation, sampler)
     repository = on_main(accelerator, lambda: find_repository(settings))
     monitor = make_monitor(unet, classifier, scheduler, validation, settings.seed) if validation else None
-    loss = make_loss(settings, unet, teacher and teacher.unet, scheduler, len(data.label_names))
+    loss = make_loss(settings, denoiser, teacher and teacher.unet, scheduler, len(data.label_names))
     train(settings, accelerator, classifier, batches, loss, monitor=monitor)
     if accelerator.is_main_process:
         finish(settings, pipe or classifier, scheduler, data, validation, repository)
