@@ -1,6 +1,6 @@
 """The Space as visitors see it, in a headless Chromium that clicks through each tab.
 
-SCREENSHOTS=docs pytest tests/test_space_browser.py keeps the pictures that the README shows.
+SCREENSHOTS=docs pytest tests/spaces/test_space_browser.py keeps the pictures that the README shows.
 """
 
 import base64
@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from space_server import serve_from_hub
 
 pytest.importorskip("gradio")
 selenium = pytest.importorskip("selenium")
@@ -29,12 +28,6 @@ OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", 
 OPTIONS += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
 SECONDS = 60
 TABS = {"guided": "Guidance", "langevin": "Langevin", "sweep": "Scales"}
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    with serve_from_hub(tmp_path_factory.mktemp("space"), ncsn="hfdiff/mnist-ncsn") as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

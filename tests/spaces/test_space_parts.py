@@ -151,6 +151,18 @@ def test_frames_are_what_the_pipeline_saw(part):
     np.testing.assert_allclose(frames[0].probabilities, probabilities.numpy(), rtol=1e-4)
 
 
+def test_pipelines_are_those_that_variables_name(part, monkeypatch):
+    """A folder; a Hub id, in whose place the bundled one is opened where it cannot be reached."""
+    folder = str(ROOT / "pipelines" / "mnist-ncsn")
+    monkeypatch.setenv("HFDIFF_NCSN_MODEL", folder)
+    monkeypatch.setenv("HFDIFF_MODEL", "nobody/nothing")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    guided, ncsn = part("opening").open_pipelines()
+    assert (ncsn.name, ncsn.note) == (folder, "")
+    assert guided.name == "hfdiff/mnist-classifier-guided"
+    assert "`nobody/nothing` did not open" in guided.note
+
+
 def test_classes_are_in_order_and_may_have_no_names(part):
     """Those of a classifier without names are asked for by index, by the call and by its code."""
     from hfdiff import NoisyClassifier
@@ -203,21 +215,39 @@ def test_a_gpu_is_lent_for_the_time_of_the_steps(part, monkeypatch):
     assert zero_gpu.on_gpu(draw) is draw
 
 
+OUTPUT = {"capture_output": True, "text": True, "check": False}
+PUSHES = """
+import json, os, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from hfdiff.cli import main
+
+results = []
+for token, arguments in json.load(sys.stdin):
+    os.environ["HF_TOKEN"] = token
+    with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
+        code = main(["push-space", *arguments])
+    results.append({"returncode": code, "stdout": stdout.getvalue(), "stderr": stderr.getvalue()})
+print(json.dumps(results))
+"""
+
+
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory):
     """A Space pushed twice to a loopback Hub by the command, and a folder that is none."""
     home = tmp_path_factory.mktemp("home")
-    command = [sys.executable, "-m", "hfdiff", "push-space"]
+    runs = [
+        ("writes", [str(SPACE), "user/show", "--model", "user/digits", "--private"]),
+        ("writes", [str(SPACE), "show"]),
+        ("writes", [str(ROOT / "docs"), "user/other"]),
+        ("reads", [str(SPACE), "user/show"]),
+    ]
     with LoopbackHub() as hub:
-        environment = hub.environment(home, "writes")
-        options = {"env": environment, "capture_output": True, "text": True, "cwd": home}
-        arguments = [str(SPACE), "user/show", "--model", "user/digits", "--private"]
-        first = subprocess.run([*command, *arguments], **options)
-        again = subprocess.run([*command, str(SPACE), "show"], **options)
-        wrong = subprocess.run([*command, str(ROOT / "docs"), "user/other"], **options)
-        stranger = subprocess.run(
-            [*command, str(SPACE), "user/show"], **{**options, "env": hub.environment(home, "reads")}
+        done = subprocess.run(
+            [sys.executable, "-c", PUSHES], input=json.dumps(runs), env=hub.environment(home), cwd=home, **OUTPUT
         )
+        assert done.returncode == 0, done.stderr
+        first, again, wrong, stranger = (SimpleNamespace(**result) for result in json.loads(done.stdout))
         yield SimpleNamespace(hub=hub, first=first, again=again, wrong=wrong, stranger=stranger)
 
 
