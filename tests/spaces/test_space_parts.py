@@ -160,6 +160,7 @@ def test_pipelines_are_those_that_variables_name(part, monkeypatch):
     assert (ncsn.name, ncsn.note) == (folder, "")
     assert guided.name == "hfdiff/mnist-classifier-guided"
     assert "`nobody/nothing` did not open" in guided.note
+    assert not torch.nn.Linear(1, 1).weight.is_meta  # nothing of the opening is left
 
 
 def test_classes_are_in_order_and_may_have_no_names(part):
