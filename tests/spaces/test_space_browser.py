@@ -87,6 +87,13 @@ class Page:
         )
         return [[_pixels(source) for source in panel] for panel in sources]
 
+    def set_steps(self, count):
+        steps = self.driver.find_element(
+            By.CSS_SELECTOR, f"#tab-{self.tab} input[aria-label^='number input for Steps']"
+        )
+        steps.clear()
+        steps.send_keys(f"{count}\t")
+
     def draw(self):
         self.draw_button.click()
         self.until(lambda: self.caption.startswith("step "))  # it streams
@@ -160,9 +167,7 @@ def test_guided_digits_look_unlike_unguided_ones_and_tell_their_probability(chro
 
 def test_a_drawing_can_be_stopped(chromium, address):
     page = Page(chromium, address, "langevin")
-    steps = page.driver.find_element(By.XPATH, "//div[@id='tab-langevin']//input[@type='number' and @max='250']")
-    steps.clear()
-    steps.send_keys("250\t")
+    page.set_steps(250)
     page.draw_button.click()
     page.until(lambda: page.caption.startswith("step "))
     page.driver.find_element(By.ID, "stop-langevin").click()
@@ -187,6 +192,8 @@ def test_it_fits_a_phone_in_the_dark(chromium, address, tab):
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
         page = Page(chromium, address, tab, "?__theme=dark")
+        if tab != "guided":  # of which there is a picture
+            page.set_steps(12)
         page.draw()
         page.until(page.curves)
         if tab == "guided":
