@@ -34,8 +34,8 @@ def check_num_particles(num_particles: Any, scheduler: Any, eta: float, labels: 
     if num_particles == 1:
         return
     name, accepted = type(scheduler).__name__, parameters_of(scheduler.step)
-    levelwise = "steps_per_level" in getattr(scheduler, "config", {})
-    if "variance_noise" not in accepted or levelwise or ("eta" in accepted and not eta):
+    remembers = hasattr(scheduler, "step_index")  # such a scheduler cannot be asked for one step several times
+    if "variance_noise" not in accepted or remembers or ("eta" in accepted and not eta):
         raise ValueError(
             f"`num_particles` above 1 needs a step that draws noise, got {num_particles} with a {name}"
             f"{' and an `eta` of 0' if 'eta' in accepted else ''}; use hfdiff.DDPMScheduler, or a DDIMScheduler with "
