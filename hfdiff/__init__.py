@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .models.ncsn import NCSNModel
     from .models.ncsnv2 import NCSNv2Model
     from .models.noisy_classifier import NoisyClassifier
+    from .pipelines.composition import Both, Either, Not
     from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
     from .pipelines.pipeline_ncsn import NCSNPipeline
     from .schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
 __all__ = [
     "ADMUNet",
     "AnnealedLangevinScheduler",
+    "Both",
     "ClassifierGuidedPipeline",
     "DDIMScheduler",
     "DDPMScheduler",
+    "Either",
     "NCSNModel",
     "NCSNPipeline",
     "NCSNv2Model",
     "NoisyClassifier",
+    "Not",
 ]
 
 _HOMES = {
@@ -32,6 +36,7 @@ _HOMES = {
     ".models.ncsn": "NCSNModel",
     ".models.ncsnv2": "NCSNv2Model",
     ".models.noisy_classifier": "NoisyClassifier",
+    ".pipelines.composition": "Both Either Not",
     ".pipelines.pipeline_classifier_guided": "ClassifierGuidedPipeline",
     ".pipelines.pipeline_ncsn": "NCSNPipeline",
     ".schedulers.scheduling_annealed_langevin": "AnnealedLangevinScheduler",

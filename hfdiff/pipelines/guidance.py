@@ -10,13 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .composition import composed_log_likelihood
+
 
 def log_likelihood(logits: Tensor, class_labels: Tensor) -> Tensor:
     """log p(y | x) of each row of logits (B, K), in float32 at least.
 
-    `class_labels` is (B,) of class indices, or (B, K) of class probabilities q, for which it is Σ_k q_k log p(k | x).
+    `class_labels` is (B,) of class indices; (B, K) of class probabilities q, for which it is Σ_k q_k log p(k | x); or
+    (B, J, K + 1) of [`~composition.composed_labels`].
     """
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    if class_labels.ndim == 3:
+        return composed_log_likelihood(log_probs, class_labels)
     if class_labels.is_floating_point():
         return (class_labels * log_probs).sum(dim=-1)
     return log_probs.gather(-1, class_labels[:, None])[:, 0]

@@ -13,6 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from .components import check_components, config_of, floats_of
+from .corrector import Corrector, check_corrector_steps
+from .draws import repeat_generators
 from .guided_sampling import GuidedSampling
 from .hub_mixin import HubMixin
 from .inputs import (
@@ -36,7 +38,7 @@ from .outputs import (
     format_images,
 )
 from .steps import scheduler_guides, set_timesteps, step_options
-from .twisted import Particles, check_num_particles, repeat_generators
+from .twisted import Particles, check_num_particles
 
 Scale = float | Tensor
 
@@ -105,13 +107,16 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         timesteps: Sequence[int] | None = None,
         respacing: str | None = None,
         batch_size: int = 1,
+        corrector_steps: int = 0,
+        corrector_accept: bool = False,
         num_particles: int = 1,
     ) -> GuidedOutput | tuple[Any]:
         """Draws one image per class label, or unguided images where there are no labels.
 
         Args:
             class_labels: a class index or name (of `id2label`), a sequence or (B,) tensor of them, or a (B, K) tensor
-                of class probabilities; None draws `batch_size` images unguided.
+                of class probabilities; `Both("3", "8")`, `Either(…)` and `Not(…)` stand for a label, too; None draws
+                `batch_size` images unguided.
             guidance_scale: w ≥ 0: one for all, a (B,) tensor, or a function of progress (0 at the first step, 1 at the
                 last) that gives either. 0 is off: the classifier is not run. Default: `default_guidance_scale`.
             num_inference_steps: model calls (of schedulers of first order).
@@ -130,6 +135,9 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             timesteps: the steps themselves, descending, in place of their number, where the scheduler takes them.
             respacing: OpenAI's "250", "10,15,20" or "ddim25", in place of their number, for hfdiff's DDPMScheduler.
             batch_size: how many images, where there are no labels to count.
+            corrector_steps: Langevin steps at each level after the scheduler's, towards the density composed there
+                ([`Corrector`]): what makes a product of several labels or guides exact.
+            corrector_accept: accept or refuse each of them by Metropolis & Hastings.
             num_particles: K, of each image: sequential Monte Carlo, exact as K grows even where the gradient is wrong
                 (Wu et al. 2023, [`Particles`]), for K times the calls. `effective_sample_size` of the output says how
                 far guidance alone is from p(x) p(y | x)^w. `latents` is to have K of each image, in a row, and
@@ -148,6 +156,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         count = check_batch_size(batch_size, labels)
         self._guidance_scale = self._choose_scale(guidance_scale, labels)
         check_generator(generator, count)
+        check_corrector_steps(corrector_steps, corrector_accept, self.scheduler, num_particles)
         check_num_particles(num_particles, self.scheduler, eta, labels)
         particle_generator = repeat_generators(generator, num_particles)
         latents = self._initial_noise(count * num_particles, particle_generator, latents)
@@ -160,6 +169,9 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         latents = latents * self.scheduler.init_noise_sigma
 
         sampling = GuidedSampling(self.unet, self.classifier, self.scheduler, labels, scales, shifts_mean, options)
+        correct = None
+        if corrector_steps:
+            correct = Corrector(sampling, steps, corrector_steps, corrector_accept, generator)
         particles = Particles(sampling, count, num_particles, generator) if num_particles > 1 else None
 
         for i, t in enumerate(self.progress_bar(steps)):
@@ -171,6 +183,8 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
                 xt, evaluation = particles.weigh(xt, evaluation, i)
                 step, output = particles.propose(evaluation, xt, t, i)
             latents = step.prev_sample
+            if correct is not None and i + 1 < len(steps):
+                latents = correct(latents, i + 1)
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "model_input": xt}
                 if "pred_original_sample" in callback_on_step_end_tensor_inputs:
@@ -226,7 +240,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         if conditional and labels.is_floating_point():
             raise ValueError(
                 "`class_labels` must be classes, one per image, for a class-conditional UNet, whose embeddings do not "
-                f"mix, got probabilities of shape {tuple(labels.shape)}; give indices or names."
+                f"mix, got {class_labels!r}; give indices or names."
             )
         return labels.to(self._execution_device)
 
