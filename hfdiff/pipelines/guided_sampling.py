@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .classifier_free import Reference, extrapolate
 from .components import config_of, floats_of
 from .gaussian import clip_x0_, convert, from_x0, to_x0
 from .guidance import classifier_guidance, shift_epsilon
@@ -43,6 +44,7 @@ class GuidedSampling:
         scales: w of each step: one for all images, or (B,); a float 0 is off.
         shifts_mean: whether the scheduler's `step` follows the guidance by itself.
         options: what else `step` is given.
+        references: predictions to guide away from.
     """
 
     def __init__(
@@ -54,10 +56,11 @@ class GuidedSampling:
         scales: Sequence[float | Tensor],
         shifts_mean: bool,
         options: dict[str, Any],
+        references: Sequence[Reference] = (),
     ) -> None:
         self.unet, self.classifier, self.scheduler = unet, classifier, scheduler
         self.labels, self.scales = labels, scales
-        self.shifts_mean, self.options = shifts_mean, options
+        self.shifts_mean, self.options, self.references = shifts_mean, options, references
 
     def evaluate(self, xt: Tensor, timestep: Tensor, index: int) -> Evaluation:
         """The model output at x_t, and the guidance where the step is guided.
@@ -67,17 +70,34 @@ class GuidedSampling:
             timestep: t.
             index: of the step.
         """
-        output, scale = self.predict(xt, timestep), self.scales[index]
+        output, scale = self.predict(xt, timestep, index), self.scales[index]
         if self.labels is None or (isinstance(scale, float) and scale == 0):
             return Evaluation(output)
         log_prob, gradient = classifier_guidance(self.classifier, xt, timestep, self.labels, scale)
         return Evaluation(output, gradient, log_prob)
 
-    def predict(self, xt: Tensor, timestep: Tensor) -> Tensor:
-        """The UNet's output in the dtype of x_t, without a learned variance that the scheduler would not read."""
-        condition = {} if config_of(self.unet, "num_class_embeds") is None else {"class_labels": self.labels}
-        output = self.unet(xt.to(floats_of(self.unet).dtype), timestep, **condition).sample.to(xt.dtype)
+    def predict(self, xt: Tensor, timestep: Tensor, index: int) -> Tensor:
+        """The model output in the dtype of x_t, without a learned variance that the scheduler would not read."""
+        output = self._run(self.unet, self.labels, xt, timestep)
+        references = [
+            (reference.scales[index], self._run(reference.unet, self._told(reference), xt, timestep)[:, : xt.shape[1]])
+            for reference in self.references
+            if reference.scales[index] != 1
+        ]
+        if references:
+            prediction, variance = output[:, : xt.shape[1]], output[:, xt.shape[1] :]
+            output = torch.cat([extrapolate(prediction, references), variance], dim=1)
         return output if type(self.scheduler).__name__ in VARIANCE_SCHEDULERS else output[:, : xt.shape[1]]
+
+    def _run(self, unet: Any, labels: Tensor | None, xt: Tensor, timestep: Tensor) -> Tensor:
+        condition = {} if config_of(unet, "num_class_embeds") is None else {"class_labels": labels}
+        return unet(xt.to(floats_of(unet).dtype), timestep, **condition).sample.to(xt.dtype)
+
+    def _told(self, reference: Reference) -> Tensor | None:
+        """The labels that a reference is told: its images', or the one after the last class, which stands for none."""
+        if not reference.drops_class or self.labels is None:
+            return self.labels
+        return torch.full_like(self.labels, config_of(reference.unet, "num_class_embeds") - 1)
 
     def repeat(self, times: int) -> None:
         """Draws each image so many times, side by side."""

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from .classifier_free import make_references
 from .components import check_components, config_of, floats_of
 from .corrector import Corrector, check_corrector_steps
 from .draws import repeat_generators
@@ -107,6 +108,9 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         timesteps: Sequence[int] | None = None,
         respacing: str | None = None,
         batch_size: int = 1,
+        classifier_free_scale: float = 1.0,
+        weak_unet: ModelMixin | None = None,
+        autoguidance_scale: float = 1.0,
         corrector_steps: int = 0,
         corrector_accept: bool = False,
         num_particles: int = 1,
@@ -135,6 +139,10 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             timesteps: the steps themselves, descending, in place of their number, where the scheduler takes them.
             respacing: OpenAI's "250", "10,15,20" or "ddim25", in place of their number, for hfdiff's DDPMScheduler.
             batch_size: how many images, where there are no labels to count.
+            classifier_free_scale: s of classifier-free guidance, for a class-conditional UNet trained with dropped
+                classes; 1 is off. With a classifier, both guide.
+            weak_unet: a worse version of the UNet, to guide away from by `autoguidance_scale`.
+            autoguidance_scale: s of autoguidance; 1 is off.
             corrector_steps: Langevin steps at each level after the scheduler's, towards the density composed there
                 ([`Corrector`]): what makes a product of several labels or guides exact.
             corrector_accept: accept or refuse each of them by Metropolis & Hastings.
@@ -165,10 +173,16 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         self._num_timesteps, self._interrupt = len(steps), False
         progress = torch.linspace(0, 1, len(steps), dtype=torch.float64).tolist()
         scales = [scale_at(point, self._guidance_scale, count) for point in progress]
-        scales = [scale if start <= point <= end else 0.0 for point, scale in zip(progress, scales)]
+        active = [start <= point <= end for point in progress]
+        scales = [scale if on else 0.0 for on, scale in zip(active, scales)]
         latents = latents * self.scheduler.init_noise_sigma
 
-        sampling = GuidedSampling(self.unet, self.classifier, self.scheduler, labels, scales, shifts_mean, options)
+        references = make_references(
+            self.unet, self.num_classes, classifier_free_scale, weak_unet, autoguidance_scale, active
+        )
+        sampling = GuidedSampling(
+            self.unet, self.classifier, self.scheduler, labels, scales, shifts_mean, options, references
+        )
         correct = None
         if corrector_steps:
             correct = Corrector(sampling, steps, corrector_steps, corrector_accept, generator)
