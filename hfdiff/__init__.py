@@ -6,6 +6,7 @@ from .lazy import announce, lazy_names
 
 if TYPE_CHECKING:
     from .models.adm_unet import ADMUNet
+    from .models.classifier_set import ClassifierSet
     from .models.ncsn import NCSNModel
     from .models.ncsnv2 import NCSNv2Model
     from .models.noisy_classifier import NoisyClassifier
@@ -21,6 +22,7 @@ __all__ = [
     "AnnealedLangevinScheduler",
     "Both",
     "ClassifierGuidedPipeline",
+    "ClassifierSet",
     "DDIMScheduler",
     "DDPMScheduler",
     "Either",
@@ -33,6 +35,7 @@ __all__ = [
 
 _HOMES = {
     ".models.adm_unet": "ADMUNet",
+    ".models.classifier_set": "ClassifierSet",
     ".models.ncsn": "NCSNModel",
     ".models.ncsnv2": "NCSNv2Model",
     ".models.noisy_classifier": "NoisyClassifier",
