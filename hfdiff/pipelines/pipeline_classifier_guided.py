@@ -5,6 +5,7 @@ image; *progress* runs the same way, from 0 at the first step to 1 at the last.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from .components import check_components, config_of, floats_of
+from .editing import Editing, Pictures, check_edit, read_known, read_pixels
 from .guided_sampling import GuidedSampling
 from .hub_mixin import HubMixin
 from .inputs import (
@@ -96,6 +98,11 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         timesteps: Sequence[int] | None = None,
         respacing: str | None = None,
         batch_size: int = 1,
+        image: Pictures | None = None,
+        strength: float | None = None,
+        mask_image: Pictures | None = None,
+        num_resamples: int = 1,
+        jump_length: int = 10,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draws one image per class label, or unguided images where there are no labels.
 
@@ -120,6 +127,18 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             timesteps: the steps themselves, descending, in place of their number, where the scheduler takes them.
             respacing: OpenAI's "250", "10,15,20" or "ddim25", in place of their number, for hfdiff's DDPMScheduler.
             batch_size: how many images, where there are no labels to count.
+            image: a picture to begin with (SDEdit), one for all or one each: PIL, (B, H, W, C) or (B, C, H, W) in
+                [0, 1]. With `latents`, these are the noise on it.
+            strength: how much of the sampling is made from the noised picture on, in (0, 1]: less stays nearer to it.
+                Progress begins at 1 - strength, so that a noise level is guided alike however it is reached. Default:
+                0.8, or 1 with a mask, which begins with noise alone.
+            mask_image: of the same kinds, one channel; where it is over 0.5, the image is drawn anew, elsewhere it is
+                kept (inpainting).
+            num_resamples: RePaint's r ≥ 1: every `jump_length` steps are made r times, in r times the calls, so that
+                what is drawn fits what is known. In the limit of many small steps and a large r it follows the
+                conditional distribution, as far as the lower noise levels still mix its modes; at 1, where the known
+                pixels are only replaced, it is biased.
+            jump_length: RePaint's j ≥ 1.
 
         Raises:
             ValueError: for an argument out of its range, before any model runs; for images that are not finite.
@@ -134,18 +153,27 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         count = check_batch_size(batch_size, labels)
         self._guidance_scale = self._choose_scale(guidance_scale, labels)
         check_generator(generator, count)
+        edit = self._edit(count, image, strength, mask_image, num_resamples, jump_length)
         latents = self._initial_noise(count, generator, latents)
         options = step_options(self.scheduler, generator, eta)
-        steps = set_timesteps(self.scheduler, self._execution_device, num_inference_steps, timesteps, respacing)
-        self._num_timesteps, self._interrupt = len(steps), False
+        choice = (self._execution_device, num_inference_steps, timesteps, respacing)
+        steps = set_timesteps(self.scheduler, *choice)
         progress = torch.linspace(0, 1, len(steps), dtype=torch.float64).tolist()
         scales = [scale_at(point, self._guidance_scale, count) for point in progress]
         scales = [scale if start <= point <= end else 0.0 for point, scale in zip(progress, scales)]
-        latents = latents * self.scheduler.init_noise_sigma
+        path: Sequence[int] = range(len(steps))
+        if edit is None:
+            latents = latents * self.scheduler.init_noise_sigma
+        else:
+            again = partial(set_timesteps, self.scheduler, *choice)
+            latents, path = edit.begin(self.scheduler, latents, generator, again)
+        self._num_timesteps, self._interrupt = len(path), False
 
         sampling = GuidedSampling(self.unet, self.classifier, self.scheduler, labels, scales, shifts_mean, options)
 
-        for i, t in enumerate(self.progress_bar(steps)):
+        for call, i in enumerate(self.progress_bar(path)):
+            t = steps[i]
+            latents = latents if edit is None else edit.enter(latents, i)
             xt = self.scheduler.scale_model_input(latents, t)
             output, gradient = sampling.evaluate(xt, t, i)
             step, output = sampling.reverse(output, gradient, latents, xt, t, i)
@@ -155,10 +183,11 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
                 if "pred_original_sample" in callback_on_step_end_tensor_inputs:
                     tensors["pred_original_sample"] = sampling.predicted_x0(step, output, xt, t, i)
                 tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
+                latents = callback_on_step_end(self, call, t, tensors).pop("latents", latents)
             if self._interrupt:
                 break
 
+        latents = latents if edit is None else edit.end(latents)
         self.maybe_free_model_hooks()
         check_finite(latents)
         images: Any = latents
@@ -218,11 +247,24 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             )
         return self.default_guidance_scale if guidance_scale is None else guidance_scale
 
-    def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
+    def _edit(self, count: int, image: Any, strength: Any, mask_image: Any, *resampling: int) -> Editing | None:
+        """What a call keeps of an image; None where it is given none."""
+        strength = check_edit(self.scheduler, image, strength, mask_image, *resampling)
+        if image is None:
+            return None
+        shape, device = self._shape(count), self._execution_device
+        pixels = read_pixels(image, shape, draws_from_zero(self.unet))
+        pixels = pixels.to(device, torch.promote_types(self.dtype, torch.float32))
+        known = None if mask_image is None else read_known(mask_image, shape).to(device)
+        return Editing(pixels, known, strength, *resampling)
+
+    def _shape(self, batch_size: int) -> tuple[int, ...]:
         size = config_of(self.unet, "sample_size")
         size = (size, size) if isinstance(size, int) else tuple(size)
-        shape = (batch_size, config_of(self.unet, "in_channels"), *size)
-        model_dtype = floats_of(self.unet).dtype
+        return (batch_size, config_of(self.unet, "in_channels"), *size)
+
+    def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
+        shape, model_dtype = self._shape(batch_size), self.dtype
         dtype = torch.promote_types(model_dtype, torch.float32)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
