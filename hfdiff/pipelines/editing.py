@@ -246,9 +246,8 @@ def read_pictures(name: str, pictures: Any, shape: tuple[int, ...]) -> Tensor:
             "`batch_size`, or the labels."
         )
     if not ((pictures >= 0) & (pictures <= 1)).all():
-        came = f"{pictures.min():g} to {pictures.max():g}"
-        raise ValueError(f"`{name}` must be finite and in [0, 1], got {came}; rescale it.")
-    return pictures
+        raise ValueError(f"`{name}` must be in [0, 1], got {pictures.min():g} to {pictures.max():g}; rescale it.")
+    return pictures.clone(memory_format=torch.contiguous_format)  # kernels round by the order of pixels in memory
 
 
 def _stack(name: str, pictures: list[Any], channels: int, size: tuple[int, int]) -> np.ndarray:

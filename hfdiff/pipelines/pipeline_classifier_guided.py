@@ -14,6 +14,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from .components import check_components, config_of, floats_of
+from .counterfactual import (
+    MULTIPLES,
+    STRENGTHS,
+    CounterfactualOutput,
+    Inversion,
+    check_search,
+    check_values,
+    search,
+)
 from .editing import Editing, Pictures, check_edit, read_known, read_pixels
 from .guided_sampling import GuidedSampling
 from .hub_mixin import HubMixin
@@ -24,6 +33,7 @@ from .inputs import (
     check_generator,
     check_guidance_interval,
     check_latents,
+    check_num_inference_steps,
     label_tensor,
     scale_at,
 )
@@ -190,10 +200,76 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         latents = latents if edit is None else edit.end(latents)
         self.maybe_free_model_hooks()
         check_finite(latents)
-        images: Any = latents
-        if output_type != "latent":
-            images = format_images(latents if draws_from_zero(self.unet) else latents / 2 + 0.5, output_type)
+        images = self._to_images(latents, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def counterfactual(
+        self,
+        image: Pictures,
+        class_labels: Labels,
+        strength: float | Sequence[float] = STRENGTHS,
+        guidance_scale: float | Sequence[float] | None = None,
+        num_inference_steps: int = 20,
+        confidence: float = 0.99,
+        proximity: float = 0.1,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        return_intermediates: bool = False,
+    ) -> CounterfactualOutput | tuple[Any, ...]:
+        """Changes pictures as little as the classifier needs to take them for other classes. Nothing random is drawn.
+
+        Each picture is noised by DDIM backwards and denoised again under guidance. Of the values to try, each
+        scale's least strength that is accepted is found, and of these images the nearest is kept. So it takes at most
+        2 + Σ strengths · scales times `num_inference_steps` calls of the UNet.
+
+        Args:
+            image: one for all labels or one each, of the kinds that the call takes.
+            class_labels: the class wanted, for all or for each image: indices or names.
+            strength: shares of the way to noise to try, in (0, 1].
+            guidance_scale: scales w > 0 to try. Default: 1, 2, 4 and 8 times the default scale.
+            num_inference_steps: steps of the whole way to noise.
+            confidence: the probability from which on the classifier accepts, in (0, 1).
+            proximity: how far each step's x_0 is pulled towards the picture, in [0, 1).
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent".
+            return_dict: return a [`CounterfactualOutput`] instead of a tuple.
+            return_intermediates: return the film, too.
+
+        Raises:
+            ValueError: for an argument out of its range, before any model runs.
+        """
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_components(self.unet, self.classifier, self.scheduler, self.id2label)
+        labels = label_tensor(class_labels, self.num_classes, self.id2label).to(self._execution_device)
+        check_search(self.classifier, self.scheduler, labels, confidence, proximity)
+        strengths = check_values("strength", strength, most=1)
+        usual = [multiple * self.default_guidance_scale for multiple in MULTIPLES]
+        scales = check_values("guidance_scale", usual if guidance_scale is None else guidance_scale)
+        check_num_inference_steps(num_inference_steps, len(self.scheduler.alphas_cumprod))
+        count = len(image) if len(labels) == 1 and hasattr(image, "__len__") else len(labels)
+        labels, pixels = labels.expand(count), self._pixels(image, count).expand(count, -1, -1, -1)
+        inversion = Inversion(pixels, self.scheduler, num_inference_steps, proximity)
+
+        def make_sampling(labels: Tensor, scale: float) -> GuidedSampling:
+            scales = [scale] * num_inference_steps
+            return GuidedSampling(self.unet, self.classifier, self.scheduler, labels, scales, False, {})
+
+        nearest, original = search(
+            inversion, make_sampling, self.classifier, labels, strengths, scales, confidence, return_intermediates
+        )
+        self.maybe_free_model_hooks()
+        check_finite(nearest.images)
+        output = CounterfactualOutput(
+            images=self._to_images(nearest.images, output_type),
+            l2=nearest.change().norm(dim=1),
+            l1=nearest.change().abs().sum(dim=1),
+            original_labels=original,
+            probabilities=nearest.probabilities,
+            strengths=nearest.strengths,
+            scales=nearest.scales,
+            intermediates=None if nearest.film is None else [self._to_images(x, output_type) for x in nearest.film],
+        )
+        return output if return_dict else output.to_tuple()
 
     def optimize(self) -> "ClassifierGuidedPipeline":
         """Makes sampling faster on this machine, and returns the pipeline.
@@ -252,11 +328,20 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         strength = check_edit(self.scheduler, image, strength, mask_image, *resampling)
         if image is None:
             return None
-        shape, device = self._shape(count), self._execution_device
-        pixels = read_pixels(image, shape, draws_from_zero(self.unet))
-        pixels = pixels.to(device, torch.promote_types(self.dtype, torch.float32))
-        known = None if mask_image is None else read_known(mask_image, shape).to(device)
+        pixels, known = self._pixels(image, count), None
+        if mask_image is not None:
+            known = read_known(mask_image, self._shape(count)).to(self._execution_device)
         return Editing(pixels, known, strength, *resampling)
+
+    def _pixels(self, image: Any, count: int) -> Tensor:
+        """Pictures as latents, (B or 1, C, H, W)."""
+        pixels = read_pixels(image, self._shape(count), draws_from_zero(self.unet))
+        return pixels.to(self._execution_device, torch.promote_types(self.dtype, torch.float32))
+
+    def _to_images(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        return format_images(latents if draws_from_zero(self.unet) else latents / 2 + 0.5, output_type)
 
     def _shape(self, batch_size: int) -> tuple[int, ...]:
         size = config_of(self.unet, "sample_size")
