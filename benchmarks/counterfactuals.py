@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--test_data", required=True, help="labelled pictures: Hub id, file or folder")
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--confidence", type=float, nargs="+", default=[0.99])
-    parser.add_argument("--proximity", type=float, nargs="+", default=[0.1])
+    parser.add_argument("--proximity", type=float, nargs="+", default=[0.4])
     parser.add_argument("--num_inference_steps", "--steps", type=int, default=20)
     parser.add_argument("--output", default="counterfactuals.png", help="the grid, of the last row")
     parser.add_argument("--device", default="cpu")

@@ -15,6 +15,7 @@ __all__ = lazy_names(
         ".evaluate": "Evaluator evaluate",
         ".feature_set": "Reference compute_statistics open_reference",
         ".features": "ImageFeatures ModuleFeatures",
+        ".guidance_information": "GuidanceInformation guidance_information plot_guidance_information",
         ".inception_score": "inception_score",
         ".kernel_distance": "kernel_inception_distance",
         ".metrics": "frechet_distance frechet_distance_infinity",

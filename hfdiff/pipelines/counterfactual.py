@@ -60,7 +60,7 @@ class Inversion:
         image: in the model's range, (B, C, H, W).
         scheduler: has ᾱ as `alphas_cumprod`, and says the prediction type and how x_0 is clipped.
         steps: levels between image and noise.
-        proximity: λ in [0, 1), how far each step's x_0 is pulled towards the image.
+        proximity: λ in [0, 1); each step's x_0 is pulled towards the image by the fraction λ (1-ᾱ).
     """
 
     def __init__(self, image: Tensor, scheduler: Any, steps: int, proximity: float) -> None:
@@ -74,7 +74,7 @@ class Inversion:
         self.states, kind = [self.image], self.config["prediction_type"]
         for i, (alpha_bar, above) in enumerate(pairwise(self.levels)):
             xt = self.states[-1]
-            output = self._output(sampling.evaluate(xt, self.timesteps[i], i)[0])
+            output = self._output(sampling.evaluate(xt, self.timesteps[i], i).output)
             eps = convert(output, xt, above, kind, "epsilon")
             self.states.append(_noised(to_x0(eps, xt, alpha_bar, "epsilon"), eps, above))
         pairs = enumerate(pairwise(self.states))
@@ -99,13 +99,13 @@ class Inversion:
     def _step(self, sampling: GuidedSampling, xt: Tensor, i: int, image: Tensor) -> tuple[Tensor, Tensor]:
         """From level i + 1 to i by DDIM (equation 12 without noise), and the x_0 that it aims at."""
         alpha_bar, kind = self.levels[i + 1], self.config["prediction_type"]
-        output, gradient = sampling.evaluate(xt, self.timesteps[i], i)
-        output = self._output(output)
+        evaluation = sampling.evaluate(xt, self.timesteps[i], i)
+        output, gradient = self._output(evaluation.output), evaluation.gradient
         if gradient is None:
             x0 = clip_x0_(to_x0(output, xt, alpha_bar, kind), self.config)
         else:
             x0 = to_x0(sampling.shift_score(output, xt, alpha_bar, gradient), xt, alpha_bar, kind)
-        x0 = x0.lerp(image, self.proximity)
+        x0 = x0.lerp(image, self.proximity * (1 - alpha_bar))  # less and less, or the picture shows through
         return _noised(x0, from_x0(x0, xt, alpha_bar, "epsilon"), self.levels[i]), x0
 
     def _output(self, output: Tensor) -> Tensor:

@@ -30,10 +30,14 @@ class Editing:
     """What one call keeps of a picture.
 
     Without a mask the sampling begins with the noised picture and is free from there. With a mask, known pixels are the
-    picture's own: noised by fresh noise at each step, as they are at the end. Replacing alone is biased: each step
-    draws the unknown pixels for a noised copy of the known ones, not for these. With `num_resamples` r > 1, every
-    `jump_length` steps are made r times. The bias falls with r and with the steps, since at low noise the copy is
-    nearly the known pixels; how modes far apart are weighed is decided at high noise, and mends last.
+    picture's own: noised at each step, as they are at the end.
+
+    - Replacing alone is biased: each step draws the unknown pixels for a noised copy of the known ones, not for these.
+    - With `num_resamples` r > 1, every `jump_length` steps are made r times. The bias falls, since at low noise the
+      copy is nearly the known pixels, but how modes are weighed is decided at high noise, and mends slowly.
+    - With particles, which share one path of noise of the known pixels, the conditional distribution is exact in the
+      limit of many particles and small steps, for a model whose steps are the true ones. At large steps the weights add
+      up what these are off by; with many known pixels few particles bear all the weight.
 
     Args:
         image: in the model's range, (B or 1, C, H, W).
@@ -41,13 +45,20 @@ class Editing:
         strength: the share of the steps to make, in (0, 1].
         num_resamples: r, how often each stretch of the sampling is made.
         jump_length: j, steps of a stretch.
+        num_particles: K, of each image, side by side in the batch.
     """
 
     def __init__(
-        self, image: Tensor, known: Tensor | None, strength: float, num_resamples: int = 1, jump_length: int = 10
+        self,
+        image: Tensor,
+        known: Tensor | None,
+        strength: float,
+        num_resamples: int = 1,
+        jump_length: int = 10,
+        num_particles: int = 1,
     ) -> None:
         self.image, self.known, self.strength = image, known, strength
-        self.num_resamples, self.jump_length = num_resamples, jump_length
+        self.num_resamples, self.jump_length, self.num_particles = num_resamples, jump_length, num_particles
 
     def begin(
         self, scheduler: Any, noise: Tensor, generator: Any, set_timesteps: Callable[[], Tensor]
@@ -56,7 +67,7 @@ class Editing:
 
         Args:
             scheduler: whose timesteps are set.
-            noise: unit normal, (B, C, H, W).
+            noise: unit normal, (B K, C, H, W).
             generator: source of the noise of known pixels and of jumps.
             set_timesteps: sets them again, which forgets the steps made.
 
@@ -68,10 +79,12 @@ class Editing:
         first = first_step(scheduler, self.strength)
         self._levels, self._index = noise_levels(scheduler), first
         begin_at(scheduler, first)
+        if self.known is not None and self.num_particles > 1:
+            self._draw_path(first, count, noise)
         if self.known is not None and self.strength == 1:  # what lies under the mask is not read
             latents = noise * scheduler.init_noise_sigma
         else:
-            latents = self._noised(noise, first)
+            latents = self._noised(self._spread(self.image), noise, first)
         return latents, resampled(first, count, self.jump_length * scheduler.order, self.num_resamples)
 
     def enter(self, latents: Tensor, index: int) -> Tensor:
@@ -88,16 +101,45 @@ class Editing:
         self._index = index + 1
         if self.known is None or index % self._scheduler.order:  # inside of a step of higher order
             return latents
-        return torch.where(self.known, self._noised(self._draw(latents), index), latents)
+        if self.num_particles > 1:
+            return torch.where(self._spread(self.known), self.path_at(index), latents)
+        return torch.where(self.known, self._noised(self.image, self._draw(latents), index), latents)
 
     def end(self, latents: Tensor) -> Tensor:
         """The images, with the known pixels as they were given."""
         return latents if self.known is None else torch.where(self.known, self.image, latents)
 
-    def _noised(self, noise: Tensor, index: int) -> Tensor:
+    def landing(self, mean: Tensor, std: Tensor, noise: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """The noise with which each particle's step lands on the known pixels' path, and where it was so chosen.
+
+        Args:
+            mean: of the step's Gaussian, (B K, C, H, W).
+            std: its standard deviation.
+            noise: unit normal, for the unknown pixels.
+            index: of the step.
+        """
+        known = self._spread(self.known)
+        return torch.where(known, (self.path_at(index + 1) - mean) / std, noise), known
+
+    def path_at(self, index: int) -> Tensor:
+        """The image on the path of noise that each image's particles share, (B K, C, H, W)."""
+        return self._path[index].repeat_interleave(self.num_particles, dim=0)
+
+    def _draw_path(self, first: int, end: int, noise: Tensor) -> None:
+        """Draws from q(x_first, ..., x_end-1 | x_0) of each image, backwards from the image."""
+        state = self.image.expand(len(noise) // self.num_particles, -1, -1, -1)
+        self._path = {end: state}
+        for index in reversed(range(first, end)):
+            self._path[index] = state = self._jump(state, index + 1, index)
+
+    def _spread(self, images: Tensor) -> Tensor:
+        """One for all, or each image's own for each of its particles."""
+        return images if len(images) == 1 else images.repeat_interleave(self.num_particles, dim=0)
+
+    def _noised(self, image: Tensor, noise: Tensor, index: int) -> Tensor:
         """a x_0 + s ε, what the image is at a step."""
         a, s = self._levels[index]
-        return a * self.image + s * noise
+        return a * image + s * noise
 
     def _jump(self, latents: Tensor, start: int, end: int) -> Tensor:
         """A draw from q(x_end | x_start), from the state of a step back to that of a noisier one."""
@@ -158,7 +200,13 @@ def resampled(first: int, end: int, jump_length: int, num_resamples: int) -> lis
 
 
 def check_edit(
-    scheduler: Any, image: Any, strength: float | None, mask_image: Any, num_resamples: int, jump_length: int
+    scheduler: Any,
+    image: Any,
+    strength: float | None,
+    mask_image: Any,
+    num_resamples: int,
+    jump_length: int,
+    num_particles: int,
 ) -> float:
     """The strength of an edit, the usual one where none is given.
 
@@ -173,6 +221,11 @@ def check_edit(
     if num_resamples > 1 and mask_image is None:
         raise ValueError(
             f"`num_resamples` needs a `mask_image`, got {num_resamples} without; leave it out, or say what to draw."
+        )
+    if num_resamples > 1 and num_particles > 1:
+        raise ValueError(
+            f"`num_resamples` and `num_particles` exclude each other, got {num_resamples} and {num_particles}; leave "
+            "one out."
         )
     if strength is not None:
         if image is None:

@@ -41,16 +41,31 @@ def classifier_gradient(
     Returns:
         g, of the sample's shape and dtype; no graph is kept.
     """
+    return classifier_guidance(classifier, sample, timestep, class_labels, guidance_scale)[1]
+
+
+def classifier_guidance(
+    classifier: Callable[[Tensor, Any], Any],
+    sample: Tensor,
+    timestep: int | float | Tensor,
+    class_labels: Tensor,
+    guidance_scale: float | Tensor = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """w log p(y | x_t), (B,), and its gradient g; arguments as of [`classifier_gradient`]."""
     with torch.inference_mode(False), torch.enable_grad():
         # Tensors made in inference mode cannot be saved for the backward pass; their copies can.
         xt, class_labels = sample.detach().clone().requires_grad_(), class_labels.clone()
         timestep = timestep.clone() if isinstance(timestep, Tensor) else timestep
         output = classifier(xt.to(_dtype(classifier, xt)), timestep)
         logits = output if isinstance(output, Tensor) else output.logits
-        (gradient,) = torch.autograd.grad(log_likelihood(logits, class_labels).sum(), xt)
-    if isinstance(guidance_scale, Tensor):
-        guidance_scale = guidance_scale.to(gradient).view(-1, *[1] * (gradient.ndim - 1))
-    return guidance_scale * gradient
+        log_prob = log_likelihood(logits, class_labels)
+        (gradient,) = torch.autograd.grad(log_prob.sum(), xt)
+    return guidance_scale * log_prob.detach(), per_image(guidance_scale, gradient) * gradient
+
+
+def per_image(scale: float | Tensor, images: Tensor) -> float | Tensor:
+    """A number for all images, or one for each, (B,), in a shape that multiplies (B, C, H, W)."""
+    return scale.to(images).view(-1, *[1] * (images.ndim - 1)) if isinstance(scale, Tensor) else scale
 
 
 def _dtype(classifier: Any, xt: Tensor) -> torch.dtype:

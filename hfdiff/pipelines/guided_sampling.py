@@ -5,17 +5,31 @@ a part of `reverse`, which makes x_{t-1} of them.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .components import config_of, floats_of
 from .gaussian import clip_x0_, convert, from_x0, to_x0
-from .guidance import classifier_gradient, shift_epsilon
+from .guidance import classifier_guidance, shift_epsilon
 from .steps import alpha_bar_at, unclipped
 
 VARIANCE_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler")  # those that read a learned variance
+
+
+class Evaluation(NamedTuple):
+    """What the networks say of x_t.
+
+    Args:
+        output: the model output, of the scheduler's prediction type.
+        gradient: the guidance g = w ∇ log p(y | x_t); None where the step is not guided.
+        log_prob: w log p(y | x_t), (B,); None there, too.
+    """
+
+    output: Tensor
+    gradient: Tensor | None = None
+    log_prob: Tensor | None = None
 
 
 class GuidedSampling:
@@ -45,8 +59,8 @@ class GuidedSampling:
         self.labels, self.scales = labels, scales
         self.shifts_mean, self.options = shifts_mean, options
 
-    def evaluate(self, xt: Tensor, timestep: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-        """The model output at x_t, and the guidance g = w ∇ log p(y | x_t), None where the step is not guided.
+    def evaluate(self, xt: Tensor, timestep: Tensor, index: int) -> Evaluation:
+        """The model output at x_t, and the guidance where the step is guided.
 
         Args:
             xt: x_t as the networks see it, by the scheduler's `scale_model_input`.
@@ -55,8 +69,9 @@ class GuidedSampling:
         """
         output, scale = self.predict(xt, timestep), self.scales[index]
         if self.labels is None or (isinstance(scale, float) and scale == 0):
-            return output, None
-        return output, classifier_gradient(self.classifier, xt, timestep, self.labels, scale)
+            return Evaluation(output)
+        log_prob, gradient = classifier_guidance(self.classifier, xt, timestep, self.labels, scale)
+        return Evaluation(output, gradient, log_prob)
 
     def predict(self, xt: Tensor, timestep: Tensor) -> Tensor:
         """The UNet's output in the dtype of x_t, without a learned variance that the scheduler would not read."""
@@ -64,17 +79,34 @@ class GuidedSampling:
         output = self.unet(xt.to(floats_of(self.unet).dtype), timestep, **condition).sample.to(xt.dtype)
         return output if type(self.scheduler).__name__ in VARIANCE_SCHEDULERS else output[:, : xt.shape[1]]
 
+    def repeat(self, times: int) -> None:
+        """Draws each image so many times, side by side."""
+        if self.labels is not None:
+            self.labels = self.labels.repeat_interleave(times, dim=0)
+        self.scales = [scale.repeat_interleave(times) if isinstance(scale, Tensor) else scale for scale in self.scales]
+
     def reverse(
-        self, output: Tensor, gradient: Tensor | None, latents: Tensor, xt: Tensor, timestep: Tensor, index: int
+        self,
+        output: Tensor,
+        gradient: Tensor | None,
+        latents: Tensor,
+        xt: Tensor,
+        timestep: Tensor,
+        index: int,
+        **options: Any,
     ) -> tuple[Any, Tensor]:
-        """The scheduler's step from x_t, `latents`, with the guidance as it takes it; and the output it was given."""
+        """The scheduler's step from x_t, `latents`, with the guidance as it takes it; and the output it was given.
+
+        Further options are the `step`'s, in place of the call's.
+        """
+        options = self.options | options
         if gradient is None:
-            return self.scheduler.step(output, timestep, latents, **self.options), output
+            return self.scheduler.step(output, timestep, latents, **options), output
         if self.shifts_mean:
-            return self.scheduler.step(output, timestep, latents, guidance=gradient, **self.options), output
+            return self.scheduler.step(output, timestep, latents, guidance=gradient, **options), output
         output = self.shift_score(output, xt, alpha_bar_at(self.scheduler, index, timestep), gradient)
         with unclipped(self.scheduler):
-            return self.scheduler.step(output, timestep, latents, **self.options), output
+            return self.scheduler.step(output, timestep, latents, **options), output
 
     def shift_score(self, output: Tensor, xt: Tensor, alpha_bar: float, gradient: Tensor) -> Tensor:
         """Algorithm 2: the model output, of the scheduler's prediction type, with its noise shifted by the gradient.

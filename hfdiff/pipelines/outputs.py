@@ -24,6 +24,18 @@ class LevelwiseOutput(ImagePipelineOutput):
     intermediates: list[Any] | None = None
 
 
+@dataclass
+class GuidedOutput(ImagePipelineOutput):
+    """Output of the guided pipeline.
+
+    Args:
+        images: as `output_type` says.
+        effective_sample_size: of each image's particles at each step, (steps, B), from 1 to K; None without particles.
+    """
+
+    effective_sample_size: Tensor | None = None
+
+
 def draws_from_zero(model: Any) -> bool:
     """Whether a model's data are in [0, 1], as those of a score network with `rescaled` off, instead of [-1, 1]."""
     return getattr(model, "config", {}).get("rescaled") is False

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -38,8 +38,17 @@ from .inputs import (
     scale_at,
 )
 from .optimization import optimize_module
-from .outputs import CALLBACK_TENSORS, OUTPUT_TYPES, StepCallback, check_finite, draws_from_zero, format_images
+from .outputs import (
+    CALLBACK_TENSORS,
+    OUTPUT_TYPES,
+    GuidedOutput,
+    StepCallback,
+    check_finite,
+    draws_from_zero,
+    format_images,
+)
 from .steps import scheduler_guides, set_timesteps, step_options
+from .twisted import Particles, check_num_particles, repeat_generators
 
 Scale = float | Tensor
 
@@ -108,12 +117,13 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         timesteps: Sequence[int] | None = None,
         respacing: str | None = None,
         batch_size: int = 1,
+        num_particles: int = 1,
         image: Pictures | None = None,
         strength: float | None = None,
         mask_image: Pictures | None = None,
         num_resamples: int = 1,
         jump_length: int = 10,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> GuidedOutput | tuple[Any]:
         """Draws one image per class label, or unguided images where there are no labels.
 
         Args:
@@ -137,17 +147,20 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             timesteps: the steps themselves, descending, in place of their number, where the scheduler takes them.
             respacing: OpenAI's "250", "10,15,20" or "ddim25", in place of their number, for hfdiff's DDPMScheduler.
             batch_size: how many images, where there are no labels to count.
+            num_particles: K, of each image: sequential Monte Carlo, exact as K grows even where the gradient is wrong
+                (Wu et al. 2023, [`Particles`]), for K times the calls. `effective_sample_size` of the output says how
+                far guidance alone is from p(x) p(y | x)^w. `latents` is to have K of each image, in a row, and
+                callbacks see as many until the last step.
             image: a picture to begin with (SDEdit), one for all or one each: PIL, (B, H, W, C) or (B, C, H, W) in
                 [0, 1]. With `latents`, these are the noise on it.
             strength: how much of the sampling is made from the noised picture on, in (0, 1]: less stays nearer to it.
                 Progress begins at 1 - strength, so that a noise level is guided alike however it is reached. Default:
                 0.8, or 1 with a mask, which begins with noise alone.
             mask_image: of the same kinds, one channel; where it is over 0.5, the image is drawn anew, elsewhere it is
-                kept (inpainting).
+                kept (inpainting). Known pixels are replaced at each step, which is biased; with `num_particles` > 1
+                and many small steps it is exact for the unknown ones given the known ones, and the labels if any.
             num_resamples: RePaint's r ≥ 1: every `jump_length` steps are made r times, in r times the calls, so that
-                what is drawn fits what is known. In the limit of many small steps and a large r it follows the
-                conditional distribution, as far as the lower noise levels still mix its modes; at 1, where the known
-                pixels are only replaced, it is biased.
+                what is drawn fits what is known. It lessens the bias, for any scheduler and number of pixels.
             jump_length: RePaint's j ≥ 1.
 
         Raises:
@@ -163,8 +176,11 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         count = check_batch_size(batch_size, labels)
         self._guidance_scale = self._choose_scale(guidance_scale, labels)
         check_generator(generator, count)
-        edit = self._edit(count, image, strength, mask_image, num_resamples, jump_length)
-        latents = self._initial_noise(count, generator, latents)
+        is_weighed = labels is not None or mask_image is not None
+        check_num_particles(num_particles, self.scheduler, eta, is_weighed)
+        particle_generator = repeat_generators(generator, num_particles)
+        edit = self._edit(count, image, strength, mask_image, num_resamples, jump_length, num_particles)
+        latents = self._initial_noise(count * num_particles, particle_generator, latents)
         options = step_options(self.scheduler, generator, eta)
         choice = (self._execution_device, num_inference_steps, timesteps, respacing)
         steps = set_timesteps(self.scheduler, *choice)
@@ -180,13 +196,18 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         self._num_timesteps, self._interrupt = len(path), False
 
         sampling = GuidedSampling(self.unet, self.classifier, self.scheduler, labels, scales, shifts_mean, options)
+        particles = Particles(sampling, count, num_particles, generator, edit) if num_particles > 1 else None
 
         for call, i in enumerate(self.progress_bar(path)):
             t = steps[i]
             latents = latents if edit is None else edit.enter(latents, i)
             xt = self.scheduler.scale_model_input(latents, t)
-            output, gradient = sampling.evaluate(xt, t, i)
-            step, output = sampling.reverse(output, gradient, latents, xt, t, i)
+            evaluation = sampling.evaluate(xt, t, i)
+            if particles is None:
+                step, output = sampling.reverse(evaluation.output, evaluation.gradient, latents, xt, t, i)
+            else:
+                xt, evaluation = particles.weigh(xt, evaluation, i)
+                step, output = particles.propose(evaluation, xt, t, i)
             latents = step.prev_sample
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "model_input": xt}
@@ -201,7 +222,9 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         check_finite(latents)
         images = self._to_images(latents, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return (images,)
+        return GuidedOutput(images, None if particles is None else torch.stack(particles.effective_sample_sizes))
 
     @torch.no_grad()
     def counterfactual(
@@ -212,7 +235,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         guidance_scale: float | Sequence[float] | None = None,
         num_inference_steps: int = 20,
         confidence: float = 0.99,
-        proximity: float = 0.1,
+        proximity: float = 0.4,
         output_type: str = "pil",
         return_dict: bool = True,
         return_intermediates: bool = False,
@@ -230,7 +253,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             guidance_scale: scales w > 0 to try. Default: 1, 2, 4 and 8 times the default scale.
             num_inference_steps: steps of the whole way to noise.
             confidence: the probability from which on the classifier accepts, in (0, 1).
-            proximity: how far each step's x_0 is pulled towards the picture, in [0, 1).
+            proximity: λ in [0, 1): each step's x_0 is pulled towards the picture by the fraction λ (1-ᾱ).
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent".
             return_dict: return a [`CounterfactualOutput`] instead of a tuple.
             return_intermediates: return the film, too.

@@ -13,7 +13,7 @@ from ..data.labelled import LabelledImages, load_images
 from ..data.sources import DIGITS
 from .augmentation import Augmentation
 from .config import TrainingSettings
-from .timesteps import LossSecondMomentSampler
+from .timesteps import LogSNRSampler, LossSecondMomentSampler
 
 
 def load_training_data(
@@ -86,6 +86,7 @@ class BatchStream:
         seed: of every draw.
         augmentation: what is done to the images.
         time_sampler: what to draw t by, instead of uniformly; a batch is then a function of its state, too.
+        class_dropout: share of the labels that are K, which stands for no class.
 
     Raises:
         ValueError: when there are fewer images than a batch holds.
@@ -96,7 +97,8 @@ class BatchStream:
     num_train_timesteps: int
     seed: int
     augmentation: Augmentation = Augmentation()  # noqa: RUF009 (it is frozen)
-    time_sampler: LossSecondMomentSampler | None = None
+    time_sampler: LossSecondMomentSampler | LogSNRSampler | None = None
+    class_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.batch_size > len(self.data.images):
@@ -121,6 +123,9 @@ class BatchStream:
             timestep = torch.randint(self.num_train_timesteps, (len(x0),), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
         labels = None if self.data.labels is None else self.data.labels[index]
+        if labels is not None and self.class_dropout:
+            dropped = torch.rand(len(x0), generator=generator) < self.class_dropout
+            labels = labels.masked_fill(dropped, len(self.data.label_names))
         return Batch(x0, timestep, noise, labels, weight)
 
     def _indices(self, number: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,11 @@ import torch
 from ..data.labelled import LabelledImages
 from ..data.sources import reading_model
 from ..evaluation.accuracy import predicted_classes
+from ..evaluation.guidance_information import (
+    GuidanceInformation,
+    guidance_information,
+    plot_guidance_information,
+)
 from ..evaluation.networks import load_features
 from ..evaluation.noise_levels import (
     NoiseBucket,
@@ -31,6 +37,7 @@ MEASURES = {
     "calibration_error": "expected calibration error on noisy images (15 bins)",
 }
 CLASSES_DRAWN = 16  # at most, the first ones
+INFORMATION_IMAGES, INFORMATION_LEVELS = 500, 30  # that the nats of a gradient are measured with
 
 
 def judge_noise_levels(
@@ -42,17 +49,57 @@ def judge_noise_levels(
     return evaluate_noise_levels(classifier, scheduler, validation.images, validation.labels, generator=generator)
 
 
+def judge_gradient(
+    unet: Any, classifier: NoisyClassifier, scheduler: Levels, validation: LabelledImages, seed: int
+) -> GuidanceInformation | None:
+    """The nats of the classifier's gradient, with the same noise whenever it is asked; None where they are not defined.
+
+    That is so for class-conditional UNets and for inputs whose variance is not 1.
+    """
+    if unet is None or unet.config.get("num_class_embeds") is not None or not getattr(scheduler, "scales_input", True):
+        return None
+    some = validation.spread(INFORMATION_IMAGES)
+    assert some.labels is not None
+    generator = make_generator(seed, "information", 0)
+    return guidance_information(
+        unet.to(classifier.device), classifier, scheduler, some.images, some.labels, generator,
+        num_levels=INFORMATION_LEVELS,
+    )  # fmt: skip
+
+
 def make_monitor(
-    classifier: NoisyClassifier, scheduler: Levels, validation: LabelledImages, seed: int
+    unet: Any, classifier: NoisyClassifier, scheduler: Levels, validation: LabelledImages, seed: int
 ) -> Callable[[int], dict[str, float]]:
-    """What a training looks at on its way: the measures averaged over all noise levels, and each bucket's accuracy."""
+    """What a training looks at on its way: averages over all noise levels, each bucket's accuracy, the nats."""
 
     def monitor(step: int) -> dict[str, float]:
         rows = judge_noise_levels(classifier, scheduler, validation, seed)
         by_bucket = {f"accuracy_{row.first_timestep}_{row.last_timestep}": row.accuracy for row in rows}
-        return average_noise_levels(rows) | by_bucket
+        information = judge_gradient(unet, classifier, scheduler, validation, seed)
+        nats = {} if information is None else {"nats_carried": information.carried, "nats_known": information.known}
+        return average_noise_levels(rows) | by_bucket | nats
 
     return monitor
+
+
+def report_gradient(
+    unet: Any, classifier: NoisyClassifier, scheduler: Levels, validation: LabelledImages, seed: int, folder: Path
+) -> list[Measurement]:
+    """Prints the nats that the gradient carries and the probabilities know; draws them as `guidance_information.png`.
+
+    Returns:
+        Both, where they are defined.
+    """
+    information = judge_gradient(unet, classifier, scheduler, validation, seed)
+    if information is None:
+        return []
+    print(f"On the class of an unseen image {information}.")
+    plot_guidance_information(information, folder / "guidance_information.png")
+    of = f"of {information.entropy:.2f}, {min(len(validation.images), INFORMATION_IMAGES)} test images"
+    return [
+        Measurement("nats that the classifier's gradient carries", information.carried, of),
+        Measurement("nats that its probabilities know", information.known, of),
+    ]
 
 
 def report_noise_levels(

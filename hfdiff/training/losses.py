@@ -216,6 +216,8 @@ def guided_denoising_loss(
     noise: Tensor,
     labels: Tensor,
     weight: Tensor | None = None,
+    *,
+    teacher: Model | None = None,
 ) -> Tensor:
     """‖ε_θ(x_t) - √(1-ᾱ_t) ∇ log p(y | x_t) - ε‖², averaged over elements: how well the guided noise denoises class y.
 
@@ -228,6 +230,11 @@ def guided_denoising_loss(
     ∇ log p(x_t | y) = ∇ log p(x_t) + ∇ log p(y | x_t). A guidance scale of 1 is then right, and needs no tuning; where
     the UNet errs, the gradient also learns to make up for it.
 
+    The noise ε itself is a target far noisier than the gradient is large. A class-conditional UNet predicts its mean,
+    E[ε | x_t, y]; with such a `teacher` that takes the place of ε, and the gradient is distilled from the difference
+    of two UNets, √(1-ᾱ_t) ∇ log p(y | x_t) = ε_θ(x_t) - ε_teacher(x_t, y). They should differ in the class alone, as
+    one network told the class and told none does.
+
     Args:
         classifier: maps (x_t, t) to logits (B, K); receives gradients, through two backward passes.
         unet: predicts what the scheduler's `prediction_type` says; is frozen here.
@@ -237,14 +244,20 @@ def guided_denoising_loss(
         noise: ε.
         labels: y, class indices (B,) or probabilities (B, K).
         weight: importance weights, (B,).
+        teacher: predicts as `unet` does from (x_t, t) and the labels; is frozen here.
     """
     xt = noisy_input(scheduler, x0, timestep, noise).requires_grad_()
     alpha_bar = scheduler.alphas_cumprod.to(xt.device)[timestep].to(xt.dtype).view(-1, *[1] * (xt.ndim - 1))
+
+    def predict_noise(model: Model, **condition: Tensor) -> Tensor:
+        prediction = model(xt, timestep, **condition).sample[:, : xt.shape[1]]  # without a learned variance
+        return convert(prediction, xt, alpha_bar, scheduler.config["prediction_type"], "epsilon")
+
     with torch.no_grad():
-        prediction = unet(xt, timestep).sample[:, : xt.shape[1]]  # without a learned variance
-        eps = convert(prediction, xt, alpha_bar, scheduler.config["prediction_type"], "epsilon")
+        eps = predict_noise(unet)
+        target = noise if teacher is None else predict_noise(teacher, class_labels=labels)
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
         likelihood = log_likelihood(classifier(xt, timestep).logits, labels).sum()
         (gradient,) = torch.autograd.grad(likelihood, xt, create_graph=True)
-    losses = F.mse_loss(shift_epsilon(eps, alpha_bar, gradient), noise, reduction="none").flatten(1).mean(dim=1)
+    losses = F.mse_loss(shift_epsilon(eps, alpha_bar, gradient), target, reduction="none").flatten(1).mean(dim=1)
     return weighted_mean(losses, weight)

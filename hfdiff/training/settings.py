@@ -125,7 +125,8 @@ class DDPMSettings(UNetSettings, MonitorSettings):
         bits_per_dim_images: images of the validation data, at most, whose variational bound is measured; 0 measures
             none.
         label_column: the dataset's column of labels, for a class-conditional model.
-        class_conditional: train one model of all classes that is told which to draw.
+        class_conditional: train one model of all classes that is told which to draw; it may start from one that is not.
+        class_dropout: share of the images whose class it is not told, so that it also draws without one.
         num_train_timesteps: T, length of the chain.
         beta_schedule: the noise levels, by a name of hfdiff.schedulers.noise.make_betas.
         beta_start: their first β, where the schedule has one.
@@ -146,6 +147,7 @@ class DDPMSettings(UNetSettings, MonitorSettings):
     learning_rate: PositiveFloat = 2e-3
     label_column: str = "label"
     class_conditional: bool = False
+    class_dropout: ClosedUnitInterval = 0.0
     num_train_timesteps: PositiveInt = 1000
     beta_schedule: BetaSchedule = "squaredcos_cap_v2"
     beta_start: PositiveFloat = 1e-4
@@ -160,6 +162,11 @@ class DDPMSettings(UNetSettings, MonitorSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_objective(self.loss_type, self.variance_type, self.prediction_type, self.snr_gamma)
+        if self.class_dropout and not self.class_conditional:
+            raise ValueError(
+                f"`class_dropout` needs `class_conditional`, got {self.class_dropout} without; switch that on or leave "
+                "this out."
+            )
         if self.loss_type == "simple" and self.variance_type in LEARNED_VARIANCES:
             raise ValueError(
                 f'`loss_type` "simple" does not train a variance of type {self.variance_type!r}; use "hybrid" or '
@@ -213,6 +220,10 @@ class ClassifierSettings(TrainingSettings):
         beta_end: of those levels, their last β.
         classification_weight: weight of the cross entropy in the loss.
         guided_denoising_weight: weight of the guided denoising loss, which trains the classifier's gradient.
+        teacher: the folder or Hub id of a class-conditional model, trained with class_dropout on the same noise levels,
+            from which that loss distils the gradient: what it predicts without the class, less what it predicts with;
+            without a diffusion_model, it is also the one to guide, as it draws where it is told no class.
+        time_sampling: "uniform", or "log-snr", which draws more of the noisy levels, where the class is decided.
         guidance_scale: the pipeline's default, also that of the samples drawn at the end.
         sample_images: images of each class drawn for `samples.png` at the end; 0 draws none.
         sample_steps: model calls per drawn image.
@@ -244,6 +255,8 @@ class ClassifierSettings(TrainingSettings):
     beta_end: PositiveFloat | None = None
     classification_weight: NonNegativeFloat = 1.0
     guided_denoising_weight: NonNegativeFloat = 0.0
+    teacher: str | None = None
+    time_sampling: Literal["uniform", "log-snr"] = "uniform"
     guidance_scale: NonNegativeFloat = 8.0
     sample_images: NonNegativeInt = 10
     sample_steps: PositiveInt = 50
@@ -261,10 +274,14 @@ class ClassifierSettings(TrainingSettings):
         super().__post_init__()
         if self.init_from and (given := self.given(ARCHITECTURE)):
             raise ValueError(f"`init_from` already says {', '.join(given)}, got {given}; leave these out, or it.")
-        if self.guided_denoising_weight and not self.diffusion_model:
+        if self.guided_denoising_weight and not (self.diffusion_model or self.teacher):
             raise ValueError(
                 f"`guided_denoising_weight` needs a `diffusion_model`, got {self.guided_denoising_weight} and none; "
                 "name its folder."
+            )
+        if self.teacher and not self.guided_denoising_weight:
+            raise ValueError(
+                f"`teacher` needs a `guided_denoising_weight`, got {self.teacher!r} without; give a positive weight."
             )
         if not self.guided_denoising_weight and not self.classification_weight:
             raise ValueError("`classification_weight` or `guided_denoising_weight` must be positive, got 0 for both.")

@@ -1,4 +1,4 @@
-"""Importance sampling of training timesteps (Nichol & Dhariwal 2021, section 3.3). Larger t is noisier."""
+"""Ways to draw training timesteps other than uniformly. Larger t is noisier."""
 
 import math
 from typing import Any
@@ -60,3 +60,30 @@ class LossSecondMomentSampler:
         """Goes on from a checkpoint."""
         self.losses.copy_(state["losses"])
         self.counts.copy_(state["counts"])
+
+
+class LogSNRSampler:
+    """Draws t so that log SNR is uniform: a mean of squared errors of ε over such t is an integral over log SNR.
+
+    There the error of a gradient counts as many nats at one level as at another (`evaluation.guidance_information`),
+    where a uniform t rarely sees the levels of much noise, at which classes are decided.
+
+    Args:
+        alphas_cumprod: ᾱ of each timestep, (T,).
+        bounds: log SNR at both ends; timesteps outside are drawn by `uniform_probability` alone.
+        uniform_probability: share of the draws that stays uniform in t.
+    """
+
+    def __init__(
+        self, alphas_cumprod: Tensor, bounds: tuple[float, float] = (-7.0, 1.0), uniform_probability: float = 0.1
+    ) -> None:
+        alpha_bar = alphas_cumprod.double().cpu()
+        log_snr = (alpha_bar / (1 - alpha_bar)).log()
+        width = -torch.gradient(log_snr.clamp(-50, 50))[0] if len(log_snr) > 1 else torch.ones_like(log_snr)
+        inside = width * ((log_snr >= bounds[0]) & (log_snr <= bounds[1]))
+        uniform = torch.full_like(width, 1 / len(width))
+        self.probabilities = torch.lerp(inside / inside.sum(), uniform, uniform_probability)
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, None]:
+        """Timesteps (count,), without importance weights: the loss is meant to be another one."""
+        return torch.multinomial(self.probabilities, count, replacement=True, generator=generator), None

@@ -22,12 +22,14 @@ from .augmentation import Augmentation
 from .batches import BatchStream, load_training_data
 from .card import find_repository, publish, write_card
 from .checkpoints import placed
-from .classifier_report import load_judge, make_monitor, report_noise_levels, report_samples
+from .classifier_report import load_judge, make_monitor, report_gradient, report_noise_levels, report_samples
 from .diffusion_model import DiffusionModel, Levels, make_levels, model_folder, noise_schedule, open_diffusion_model
 from .finish import tell_what_was_made
 from .loop import Loss, make_accelerator, train
 from .losses import classification_loss, guided_denoising_loss
 from .settings import ARCHITECTURE, LEVELS, ClassifierSettings
+from .timesteps import LogSNRSampler
+from .unet import without_classes
 
 BARE_DIFFUSION_MODEL = "out/digits-ddpm"
 NO_MODEL = (
@@ -48,7 +50,10 @@ names = classifier.id2label  # logits: classifier(noisy_images, timestep).logits
 def run(settings: ClassifierSettings) -> None:
     """Trains the classifier of the settings, measures and saves it."""
     settings = find_diffusion_model(settings)
-    guided = open_diffusion_model(settings.diffusion_model) if settings.diffusion_model else None
+    teacher = open_teacher(settings) if settings.teacher else None
+    guided = open_diffusion_model(settings.diffusion_model) if settings.diffusion_model else teacher
+    if teacher is not None and guided is teacher:
+        guided = teacher._replace(unet=without_classes(teacher.unet))
     scheduler = choose_levels(settings, guided)
     size, channels = images_of(settings, guided)
     settings = replace(settings, resolution=settings.resolution or size)
@@ -66,12 +71,18 @@ def run(settings: ClassifierSettings) -> None:
         load_judge(settings.judge, classifier)
     if unet is not None and settings.guided_denoising_weight:
         unet.to(accelerator.device)
+    denoiser = unet
+    if teacher is not None:
+        check_teacher(teacher, scheduler, data)
+        teacher.unet.requires_grad_(False).to(accelerator.device)
+        denoiser = without_classes(teacher.unet)  # what differs between the two is the class alone
     augmentation = Augmentation(not settings.center_crop, settings.random_flip, settings.shift_augmentation)
     batch_size = settings.train_batch_size * accelerator.num_processes
-    batches = BatchStream(data, batch_size, len(scheduler), settings.seed, augmentation=augmentation)
+    sampler = LogSNRSampler(scheduler.alphas_cumprod) if settings.time_sampling == "log-snr" else None
+    batches = BatchStream(data, batch_size, len(scheduler), settings.seed, augmentation, sampler)
     repository = on_main(accelerator, lambda: find_repository(settings))
-    monitor = make_monitor(classifier, scheduler, validation, settings.seed) if validation else None
-    loss = make_loss(settings, unet, scheduler, len(data.label_names))
+    monitor = make_monitor(unet, classifier, scheduler, validation, settings.seed) if validation else None
+    loss = make_loss(settings, denoiser, teacher and teacher.unet, scheduler, len(data.label_names))
     train(settings, accelerator, classifier, batches, loss, monitor=monitor)
     if accelerator.is_main_process:
         finish(settings, pipe or classifier, scheduler, data, validation, repository)
@@ -79,12 +90,42 @@ def run(settings: ClassifierSettings) -> None:
 
 def find_diffusion_model(settings: ClassifierSettings) -> ClassifierSettings:
     """The settings, with the model of a bare `hfdiff train ddpm` where a run on the digits names no noise levels."""
-    if settings.dataset != DIGITS or settings.diffusion_model or settings.init_from or settings.given(LEVELS):
+    named = settings.diffusion_model or settings.teacher or settings.init_from or settings.given(LEVELS)
+    if settings.dataset != DIGITS or named:
         return settings
     found = Path(BARE_DIFFUSION_MODEL, "model_index.json").is_file()
     if is_first_process():
         print(f"Guiding the diffusion model in {BARE_DIFFUSION_MODEL}." if found else NO_MODEL)
     return replace(settings, diffusion_model=BARE_DIFFUSION_MODEL) if found else settings
+
+
+def open_teacher(settings: ClassifierSettings) -> DiffusionModel:
+    """The class-conditional model to distil from.
+
+    Raises:
+        ValueError: for one that is told no classes, or never went without.
+    """
+    assert settings.teacher is not None
+    teacher = open_diffusion_model(settings.teacher, "teacher")
+    classes = teacher.unet.config.get("num_class_embeds")
+    if teacher.scheduler is None or classes != len(teacher.id2label) + 1:
+        raise ValueError(
+            "`teacher` must be the pipeline of a class-conditional model that also draws without a class, got "
+            f"{settings.teacher!r}; train it by `hfdiff train ddpm --class_conditional --class_dropout 0.1`."
+        )
+    return teacher
+
+
+def check_teacher(teacher: DiffusionModel, scheduler: Levels, data: LabelledImages) -> None:
+    """Refuses a teacher of other noise levels or classes than the run's."""
+    assert teacher.scheduler is not None
+    ours, theirs = noise_schedule(scheduler), noise_schedule(teacher.scheduler)
+    if ours != theirs:
+        raise ValueError(
+            f"`teacher` must know the diffusion model's noise levels, {ours}, got {theirs}; train it by `--init_from` "
+            "that model."
+        )
+    named_as(data, teacher.id2label, "teacher")
 
 
 def choose_levels(settings: ClassifierSettings, guided: DiffusionModel | None) -> Levels:
@@ -187,7 +228,7 @@ def check_same(argument: str, theirs: Any, images: dict[str, int]) -> None:
         raise ValueError(f"`{argument}` must be for the dataset's {images}, got {came}; use another or a `resolution`.")
 
 
-def make_loss(settings: ClassifierSettings, unet: Any, scheduler: Levels, classes: int) -> Loss:
+def make_loss(settings: ClassifierSettings, unet: Any, teacher: Any, scheduler: Levels, classes: int) -> Loss:
     """The weighted sum of the two losses; one of weight 0 is not computed."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:  # a `Batch` with labels
@@ -197,7 +238,8 @@ def make_loss(settings: ClassifierSettings, unet: Any, scheduler: Levels, classe
             cross_entropy = classification_loss(model, scheduler, *batch._replace(labels=labels))
             terms.append(settings.classification_weight * cross_entropy)
         if settings.guided_denoising_weight:
-            terms.append(settings.guided_denoising_weight * guided_denoising_loss(model, unet, scheduler, *batch))
+            denoising = guided_denoising_loss(model, unet, scheduler, *batch, teacher=teacher)
+            terms.append(settings.guided_denoising_weight * denoising)
         return torch.stack(terms).sum()
 
     return loss
@@ -225,6 +267,8 @@ def finish(
     with placed(settings.output_dir) as folder:
         trained.save_pretrained(folder)
         numbers = report_noise_levels(classifier, scheduler, validation, settings.seed, folder) if validation else []
+        if guided and validation:
+            numbers += report_gradient(trained.unet, classifier, scheduler, validation, settings.seed, folder)
         if guided and settings.sample_images:
             per_class, steps = settings.sample_images, settings.sample_steps
             options = {"per_class": per_class, "steps": steps, "judge": settings.judge, "seed": settings.seed}

@@ -26,7 +26,7 @@ from .monitor import BOUND_TERMS, held_out_bound, make_monitor
 from .samples import draw_images
 from .settings import DDPMSettings
 from .timesteps import LossSecondMomentSampler
-from .unet import build_unet
+from .unet import build_unet, with_classes
 
 USAGE = """import hfdiff
 from diffusers import DDPMPipeline
@@ -57,7 +57,9 @@ def run(settings: DDPMSettings) -> None:
     sampler = LossSecondMomentSampler(len(scheduler)) if settings.time_sampling == "loss-second-moment" else None
     batch_size = settings.train_batch_size * accelerator.num_processes
     augmentation = Augmentation(not settings.center_crop, settings.random_flip)
-    batches = BatchStream(data, batch_size, len(scheduler), settings.seed, augmentation, sampler)
+    batches = BatchStream(
+        data, batch_size, len(scheduler), settings.seed, augmentation, sampler, settings.class_dropout
+    )
     repository = on_main(accelerator, lambda: find_repository(settings))
     pipe = make_pipeline(unet, scheduler, data)
 
@@ -115,7 +117,7 @@ def tell(start: DiffusionModel, settings: DDPMSettings) -> dict[str, object]:
         )
     told: dict[str, object] = {name: config[name] for name in SIZES if config.get(name) is not None}
     told["block_out_channels"] = tuple(config["block_out_channels"])
-    told["class_conditional"] = config.get("num_class_embeds") is not None
+    told["class_conditional"] = settings.class_conditional or config.get("num_class_embeds") is not None
     told["resolution"] = settings.resolution or start.size
     return told | ({} if start.scheduler is None else {name: start.scheduler.config[name] for name in LEVELS})
 
@@ -144,9 +146,11 @@ def make_unet(settings: DDPMSettings, data: LabelledImages, start: DiffusionMode
         ValueError: when the images cannot be halved once per level, or the one to start from is for other images.
     """
     outputs = 2 if settings.variance_type in LEARNED_VARIANCES else 1
-    classes = len(data.label_names) if settings.class_conditional else None
+    classes = len(data.label_names) + bool(settings.class_dropout) if settings.class_conditional else None
     if start is None:
         return build_unet(settings, data, outputs, classes)
+    if classes and start.unet.config.get("num_class_embeds") is None:
+        start = start._replace(unet=with_classes(start.unet, classes))
     expected = {
         "in_channels": data.images.shape[1],
         "out_channels": outputs * data.images.shape[1],

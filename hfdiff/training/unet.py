@@ -1,6 +1,8 @@
-"""The UNet of a training script: its settings, and diffusers' UNet2DModel made of them."""
+"""The UNet of a training script: diffusers' UNet2DModel, new, or another one with classes or without."""
 
+import torch
 from diffusers import UNet2DModel
+from torch import nn
 
 from ..data.labelled import LabelledImages
 from .settings import UNetSettings
@@ -41,3 +43,25 @@ def build_unet(
         dropout=settings.dropout,
         num_class_embeds=num_class_embeds,
     )
+
+
+def with_classes(unet: UNet2DModel, num_class_embeds: int) -> UNet2DModel:
+    """The same function of (x_t, t), as a UNet that can learn to tell classes apart: its embeddings are zero."""
+    told = UNet2DModel.from_config({**unet.config, "num_class_embeds": num_class_embeds})
+    told.load_state_dict(unet.state_dict(), strict=False)
+    nn.init.zeros_(told.class_embedding.weight)
+    return told
+
+
+@torch.no_grad()
+def without_classes(unet: UNet2DModel) -> UNet2DModel:
+    """The unconditional UNet that a class-conditional one is when it is told its last class, which stands for none.
+
+    The class is added to the time's embedding, so its vector becomes part of that embedding's bias.
+    """
+    plain = UNet2DModel.from_config({**unet.config, "num_class_embeds": None})
+    state = unet.state_dict()
+    vector = state.pop("class_embedding.weight")[-1]
+    state["time_embedding.linear_2.bias"] = state["time_embedding.linear_2.bias"] + vector
+    plain.load_state_dict(state)
+    return plain.to(unet.dtype)

@@ -1,7 +1,6 @@
 """The pipelines a visitor draws from: what a variable names, else those that came with the page."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +70,12 @@ class Opened:
 
 
 def open_pipelines() -> tuple[Opened, Opened]:
-    """The guided pipeline of HFDIFF_MODEL and the score network of HFDIFF_NCSN_MODEL, opened side by side."""
-    with ThreadPoolExecutor(2) as pool:
-        guided = pool.submit(_open, ClassifierGuidedPipeline, "HFDIFF_MODEL", "mnist-classifier-guided")
-        ncsn = pool.submit(_open, NCSNPipeline, "HFDIFF_NCSN_MODEL", "mnist-ncsn")
-        return guided.result(), ncsn.result()
+    """The guided pipeline of HFDIFF_MODEL and the score network of HFDIFF_NCSN_MODEL.
+
+    One after the other: diffusers opens models with `torch.nn.Module` changed for all threads.
+    """
+    guided = _open(ClassifierGuidedPipeline, "HFDIFF_MODEL", "mnist-classifier-guided")
+    return guided, _open(NCSNPipeline, "HFDIFF_NCSN_MODEL", "mnist-ncsn")
 
 
 def _open(kind: Any, variable: str, usual: str) -> Opened:

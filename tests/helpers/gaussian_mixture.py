@@ -33,17 +33,27 @@ class Mixture:
         return 1 / (1 + torch.lerp(sigmas[low], sigmas[high], (timestep - low).double()) ** 2)
 
     def component_log_probs(self, xt: Tensor, timestep: Tensor) -> Tensor:
-        """log π_k N(x_t; ...), (B, K)."""
-        alpha_bar = self.alpha_bar_at(timestep).reshape(-1, 1)
-        variance = alpha_bar * self.scales**2 + 1 - alpha_bar
-        distance = ((xt.flatten(1)[:, None] - alpha_bar[..., None] ** 0.5 * self.means) ** 2).sum(-1)
-        return self.weights.log() - distance / (2 * variance) - self.means.shape[1] / 2 * variance.log()
+        """log π_k N(x_t; ...), (B, K), held as (K, B): sums over few components are then fast."""
+        alpha_bar = self.alpha_bar_at(timestep).reshape(1, -1)
+        weights, means, scales = self.weights[:, None], self.means[..., None], self.scales[:, None]
+        variance = alpha_bar * scales**2 + 1 - alpha_bar
+        pixels = xt.flatten(1).unbind(dim=1)
+        distance = sum((x - alpha_bar**0.5 * means[:, i]) ** 2 for i, x in enumerate(pixels))
+        return (weights.log() - distance / (2 * variance) - len(pixels) / 2 * variance.log()).T
 
     def class_log_probs(self, xt: Tensor, timestep: Tensor) -> Tensor:
         """log p(x_t, y), (B, number of classes)."""
         parts = self.component_log_probs(xt, timestep)
         labels = range(int(self.classes.max()) + 1)
         return torch.stack([parts[:, self.classes == label].logsumexp(-1) for label in labels], dim=-1)
+
+    def score(self, xt: Tensor, timestep: Tensor) -> Tensor:
+        """∇ log p(x_t), of the shape of x_t: each component's pull (√ᾱ m_k - x_t) / variance by its probability."""
+        alpha_bar = self.alpha_bar_at(timestep).reshape(-1, 1)
+        variance = alpha_bar * self.scales**2 + 1 - alpha_bar
+        parts = self.component_log_probs(xt, timestep)
+        pull = (parts - parts.logsumexp(-1, keepdim=True)).exp() / variance
+        return (alpha_bar**0.5 * (pull @ self.means) - pull.sum(-1, keepdim=True) * xt.flatten(1)).view_as(xt)
 
     def posterior_mean(self, xt: Tensor, timestep: Tensor, label: int | None = None) -> Tensor:
         """E[x_0 | x_t], or E[x_0 | x_t, y], (B, D), from each component's conjugate posterior."""
@@ -80,12 +90,8 @@ class ExactModel(ModelMixin, ConfigMixin):
 
     def forward(self, sample: Tensor, timestep: Tensor) -> SimpleNamespace:
         self.calls += 1
-        with torch.enable_grad():
-            xt = sample.detach().clone().requires_grad_()
-            log_prob = self.mixture.component_log_probs(xt, timestep).logsumexp(-1).sum()
-            (score,) = torch.autograd.grad(log_prob, xt)
         alpha_bar = self.mixture.alpha_bar_at(timestep).reshape(-1, 1, 1, 1)
-        eps = -((1 - alpha_bar) ** 0.5) * score
+        eps = -((1 - alpha_bar) ** 0.5) * self.mixture.score(sample, timestep)
         x0 = (sample - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
         v = alpha_bar**0.5 * eps - (1 - alpha_bar) ** 0.5 * x0
         return SimpleNamespace(sample={"epsilon": eps, "sample": x0, "v_prediction": v}[self.config.prediction_type])

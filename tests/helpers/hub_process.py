@@ -1,17 +1,26 @@
 """What the tests of the Hub run in fresh processes, for which a loopback Hub is the Hub.
 
-    python hub_process.py publish FOLDER   push the pipelines of FOLDER, open them again, and go through the cases
-    python hub_process.py bare FOLDER      open them where hfdiff is not installed
-    python hub_process.py offline FOLDER   open them from the cache
+    publish   push the pipelines of FOLDER, open them again, and go through the cases
+    bare      open them where hfdiff is not installed
+    offline   open them from the cache
 
-Cases come as JSON on the standard input, results go to FOLDER.
+`python hub_process.py FOLDER` runs them in this order, each in a process of its own. Their environments and cases come
+as JSON on the standard input, by stage; results go to FOLDER. The Hub's client reads its environment when it is
+imported, so the processes share the import of torch, and none of what imports the client.
 """
 
+import importlib
 import json
+import multiprocessing
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
+
+SHARED = ("torch._dynamo", "torch.distributed.fsdp", "scipy.stats", "scipy.optimize", "matplotlib.pyplot")
 
 CALLS: dict[str, dict[str, Any]] = {
     "guided": {"class_labels": [0, 1], "num_inference_steps": 3},
@@ -45,6 +54,16 @@ def outcome(function: Any, *args: Any, **kwargs: Any) -> list[str]:
         return [type(error).__name__, str(error)]
 
 
+def told(token: str, arguments: list[str]) -> dict[str, Any]:
+    """What a command returns and prints for a user of this token."""
+    from hfdiff.cli import main
+
+    os.environ["HF_TOKEN"] = token
+    with redirect_stdout(StringIO()) as output, redirect_stderr(StringIO()) as errors:
+        code = main(arguments)
+    return {"code": code, "output": output.getvalue(), "errors": errors.getvalue()}
+
+
 def publish(folder: Path, cases: dict[str, Any]) -> dict[str, Any]:
     from hfdiff import ClassifierGuidedPipeline, NCSNPipeline
     from hfdiff.cli import main
@@ -66,6 +85,8 @@ def publish(folder: Path, cases: dict[str, Any]) -> dict[str, Any]:
     results["half"] = [path.name for path in (folder / "half").rglob("*.safetensors")]
     for name, repo_id in cases["push"].items():
         results["push"][name] = [outcome(push, folder / "ncsn", repo_id, picture=False) for _ in range(2)]
+
+    results["spaces"] = [told(token, ["push-space", *arguments]) for token, arguments in cases["spaces"]]
 
     def attempt(item: tuple[str, dict[str, Any]]) -> tuple[str, list[list[str]]]:
         name, options = item
@@ -114,8 +135,19 @@ def offline(folder: Path, cases: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def run(name: str, folder: Path, environment: dict[str, str], cases: dict[str, Any]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    results = {"publish": publish, "bare": bare, "offline": offline}[name](folder, cases)
+    (folder / f"{name}.json").write_text(json.dumps(results))
+
+
 if __name__ == "__main__":
-    where = Path(sys.argv[2])
-    given = json.loads(sys.stdin.read() or "{}")
-    answer = {"publish": publish, "bare": bare, "offline": offline}[sys.argv[1]](where, given)
-    (where / f"{sys.argv[1]}.json").write_text(json.dumps(answer))
+    for shared in SHARED:
+        with suppress(ImportError):
+            importlib.import_module(shared)
+    assert not {"huggingface_hub", "diffusers", "transformers", "hfdiff"} & sys.modules.keys()
+    for stage, (given, asked) in json.loads(sys.stdin.read()).items():
+        process = multiprocessing.get_context("fork").Process(target=run, args=(stage, Path(sys.argv[1]), given, asked))
+        process.start()
+        process.join()

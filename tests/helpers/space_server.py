@@ -12,23 +12,33 @@ from pathlib import Path
 
 from loopback_hub import LoopbackHub
 
+from hfdiff.hub.space import export_space
+
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = ROOT / "spaces" / "classifier-guidance"
-MODELS = {
-    "HFDIFF_MODEL": str(ROOT / "pipelines" / "mnist-classifier-guided"),
-    "HFDIFF_NCSN_MODEL": str(ROOT / "pipelines" / "mnist-ncsn"),
-}
 SECONDS_TO_START = 180
 
 
+# Starts a deployed Space without what its `requirements.txt` does not name, and tells whose hfdiff it is.
+AS_DEPLOYED = """
+import sys
+for name in ("datasets", "torchmetrics", "matplotlib", "sklearn", "scipy", "jsonargparse", "spaces"):
+    sys.modules[name] = None
+import app, hfdiff
+print(hfdiff.__file__, flush=True)
+app.build().launch(**app.launch_options())
+"""
+
+
 @contextmanager
-def serve(folder: Path, space: Path = SPACE, **variables: str) -> Iterator[str]:
+def serve(folder: Path, *arguments: str, space: Path = SPACE, **variables: str) -> Iterator[str]:
     """The address of a Space that keeps its files in a folder.
 
     Args:
         folder: where its log, its process id and what it sends are.
+        arguments: of Python; default: app.py.
         space: its code.
-        variables: of its environment, besides those that name the bundled pipelines.
+        variables: of its environment.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -36,9 +46,9 @@ def serve(folder: Path, space: Path = SPACE, **variables: str) -> Iterator[str]:
     log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "app.py"],
+            [sys.executable, *(arguments or ["app.py"])],
             cwd=space,
-            env={**os.environ, **MODELS, **settings, **variables},
+            env={**os.environ, **settings, **variables},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -53,16 +63,24 @@ def serve(folder: Path, space: Path = SPACE, **variables: str) -> Iterator[str]:
 
 
 @contextmanager
-def serve_from_hub(folder: Path, ncsn: str) -> Iterator[str]:
-    """The address of a Space whose pipelines are on a loopback Hub: one by its default id, one by another."""
+def serve_deployed(folder: Path) -> Iterator[str]:
+    """The address of a Space in the folder that is deployed, offline."""
+    space = export_space(SPACE, folder / "space")
+    with serve(folder, "-c", AS_DEPLOYED, space=space, HF_HOME=str(folder / "home")) as address:
+        yield address
+
+
+@contextmanager
+def serve_from_hub(folder: Path, guided: str, ncsn: str) -> Iterator[tuple[str, LoopbackHub]]:
+    """The address of a Space that is to show these pipelines, and a loopback Hub that has all but `guided`."""
     with LoopbackHub() as hub:
         for repo_id, name in (("hfdiff/mnist-classifier-guided", "mnist-classifier-guided"), (ncsn, "mnist-ncsn")):
             source = ROOT / "pipelines" / name
             paths = [path for path in source.rglob("*") if path.is_file()]
             hub.add(repo_id, {path.relative_to(source).as_posix(): path.read_bytes() for path in paths})
-        variables = {**hub.environment(folder / "home"), "HFDIFF_MODEL": "", "HFDIFF_NCSN_MODEL": ncsn}
+        variables = {**hub.environment(folder / "home"), "HFDIFF_MODEL": guided, "HFDIFF_NCSN_MODEL": ncsn}
         with serve(folder, **{**variables, "HF_HUB_OFFLINE": "0"}) as address:
-            yield address
+            yield address, hub
 
 
 def _wait(address: str, process: subprocess.Popen, log: Path) -> None:

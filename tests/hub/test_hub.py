@@ -85,6 +85,16 @@ PUSHES = {
 }
 
 
+ROOT = Path(__file__).parents[2]
+SPACE = ROOT / "spaces" / "classifier-guidance"
+SPACES = {
+    "first": ("writes", [SPACE, "user/show", "--model", "user/digits", "--private"]),
+    "again": ("writes", [SPACE, "show"]),
+    "wrong": ("writes", [ROOT / "docs", "user/none"]),
+    "stranger": ("reads", [SPACE, "user/show"]),
+}
+
+
 @pytest.fixture(scope="module")
 def hub() -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub:
@@ -106,17 +116,9 @@ def content(folder: Path) -> dict[str, bytes]:
     return {name: (folder / "ncsn" / name).read_bytes() for name in FILES}
 
 
-def run(hub: LoopbackHub, folder: Path, mode: str, home: str, given: Any = None, **environment: str) -> dict[str, Any]:
-    variables = hub.environment(folder / home, **environment)
-    command = [sys.executable, str(Path(hub_process.__file__)), mode, str(folder)]
-    process = subprocess.run(command, input=json.dumps(given or {}), env=variables, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-2000:]
-    return json.loads((folder / f"{mode}.json").read_text())
-
-
 @pytest.fixture(scope="module")
-def published(hub: LoopbackHub, folder: Path, content: dict[str, bytes]) -> dict[str, Any]:
-    """What the first process saw: it publishes, opens, and goes through the cases."""
+def errors(hub: LoopbackHub, folder: Path, content: dict[str, bytes]) -> str:
+    """What the processes of all stages, which have then ended, wrote to their standard error."""
     bad = {"corrupt": content[WEIGHTS][:-1] + bytes([content[WEIGHTS][-1] ^ 1]), "short": content[WEIGHTS][:-1]}
     for name, (faults, _, _) in CASES.items():
         if name in ("no-repository", "a/b"):
@@ -138,15 +140,34 @@ def published(hub: LoopbackHub, folder: Path, content: dict[str, bytes]) -> dict
     pixels = draw(NCSNPipeline.from_pretrained(folder / "ncsn"), "ncsn").hex()
     fetch = {name: options for name, (_, options, _) in CASES.items()}
     pushes = {name: repo_id for name, (repo_id, _, _) in PUSHES.items()}
-    given = {"fetch": fetch, "push": pushes, "pixels": pixels}
+    spaces = [(token, list(map(str, arguments))) for token, arguments in SPACES.values()]
+    cases = {"fetch": fetch, "push": pushes, "spaces": spaces, "pixels": pixels}
     timeouts = {"HF_HUB_ETAG_TIMEOUT": "3", "HF_HUB_DOWNLOAD_TIMEOUT": "3"}
-    return run(hub, folder, "publish", "home", given, HF_TOKEN="writes", **timeouts)
+    stages = {
+        "publish": (hub.environment(folder / "home", "writes", **timeouts), cases),
+        "bare": (hub.environment(folder / "bare-home"), {}),
+        "offline": (hub.environment(folder / "home", HF_HUB_OFFLINE="1"), {}),
+    }
+    command = [sys.executable, hub_process.__file__, str(folder)]
+    return subprocess.run(command, input=json.dumps(stages), capture_output=True, text=True, check=True).stderr
+
+
+def results(folder: Path, stage: str, errors: str) -> dict[str, Any]:
+    path = folder / f"{stage}.json"
+    assert path.exists(), errors[-4000:]
+    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
-def bare(hub: LoopbackHub, folder: Path, published: dict[str, Any]) -> dict[str, Any]:
+def published(folder: Path, errors: str) -> dict[str, Any]:
+    """What the first process saw: it publishes, opens, and goes through the cases."""
+    return results(folder, "publish", errors)
+
+
+@pytest.fixture(scope="module")
+def bare(folder: Path, errors: str) -> dict[str, Any]:
     """What a process without hfdiff saw."""
-    return run(hub, folder, "bare", "bare-home")
+    return results(folder, "bare", errors)
 
 
 # --- publishing and opening ------------------------------------------------------------------------------------------
@@ -171,14 +192,12 @@ def test_code_is_run_by_those_alone_who_trust_it(bare: dict[str, Any]) -> None:
     assert "trust_remote_code" in bare["ncsn distrusted"][1]
 
 
-def test_offline_the_cache_is_enough(
-    hub: LoopbackHub, folder: Path, published: dict[str, Any], bare: dict[str, Any]
-) -> None:
-    results = run(hub, folder, "offline", "home", HF_HUB_OFFLINE="1")
-    assert results["warm"] == [True, True]
+def test_offline_the_cache_is_enough(folder: Path, errors: str) -> None:
+    found = results(folder, "offline", errors)
+    assert found["warm"] == [True, True]
     for what in ("cold", "push"):
-        assert SENTENCE.fullmatch(results[what][1])
-    assert results["cold"][0] == "FileNotFoundError"
+        assert SENTENCE.fullmatch(found[what][1])
+    assert found["cold"][0] == "FileNotFoundError"
 
 
 def test_a_variant_is_fetched_alone_from_a_private_repository(hub: LoopbackHub, published: dict[str, Any]) -> None:
@@ -217,6 +236,43 @@ def test_a_failed_push_leaves_nothing_and_goes_on_when_repeated(
     assert len(repository.commits) == 2
     uploads = [request for request in hub.requests if request[:2] == (repo_id, "upload")]
     assert len(uploads) <= (2 if name == "upload" else 1)  # what is there is not sent again
+
+
+# --- Spaces ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pushed(published: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the commands returned and printed."""
+    return dict(zip(SPACES, published["spaces"]))
+
+
+def test_a_pushed_space_has_all_it_needs(hub: LoopbackHub, pushed: dict[str, dict[str, Any]]) -> None:
+    assert pushed["first"]["code"] == 0, pushed["first"]["errors"]
+    assert pushed["first"]["output"].startswith(hub.url)
+    repository = hub.repositories["user/show"]
+    files = repository.commits[repository.refs["main"]]
+    assert files["app.py"] == SPACE.joinpath("app.py").read_bytes()
+    weights = "mnist-classifier-guided/unet/diffusion_pytorch_model.safetensors"
+    assert files[f"pipelines/{weights}"] == ROOT.joinpath("pipelines", weights).read_bytes()
+    assert {"hfdiff/__init__.py", "pipelines/mnist-ncsn/model_index.json", "requirements.txt"} <= set(files)
+    assert not [name for name in files if "__pycache__" in name or "mnist-judge" in name]
+    assert (repository.sdk, repository.private) == ("gradio", True)
+    assert repository.variables == {"HFDIFF_MODEL": "user/digits"}
+
+
+def test_a_space_is_pushed_again(hub: LoopbackHub, pushed: dict[str, dict[str, Any]]) -> None:
+    assert pushed["again"]["code"] == 0, pushed["again"]["errors"]
+    assert len(hub.repositories["user/show"].commits) == 3  # made, pushed, pushed
+
+
+def test_what_is_no_space_and_who_may_not_write_is_told(hub: LoopbackHub, pushed: dict[str, dict[str, Any]]) -> None:
+    assert pushed["wrong"]["code"] == 2
+    assert "`folder` must be a Gradio Space" in pushed["wrong"]["errors"]
+    assert "user/none" not in hub.repositories
+    assert pushed["stranger"]["code"] == 2
+    assert "may only read" in pushed["stranger"]["errors"]
+    assert "Traceback" not in pushed["wrong"]["errors"] + pushed["stranger"]["errors"]
 
 
 # --- broken networks -------------------------------------------------------------------------------------------------

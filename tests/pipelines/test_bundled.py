@@ -42,11 +42,11 @@ def test_weights_are_half_precision_safetensors_under_8_mb():
 
 def test_guided_digits_are_the_ones_asked_for(pipe):
     features = load_features(f"classifier:{PIPELINES / 'mnist-judge'}")
-    labels = [label for label in range(10) for _ in range(4)]
-    settings = SamplingSettings(40, class_labels=tuple(labels), num_inference_steps=25)
+    labels = [label for label in range(10) for _ in range(2)]
+    settings = SamplingSettings(20, class_labels=tuple(labels), num_inference_steps=25)
     images = Sampler(OpenedPipeline(pipe), settings).draw_all()
     right = sum(seen == label for seen, label in zip(predicted_classes(features, images), labels))
-    assert right >= 36  # 40 at the measured rate of 99%: fewer than 36 has a chance under 1e-4
+    assert right >= 18  # 20 at the measured rate of 99%: fewer than 18 has a chance of 1e-3
 
 
 def test_names_and_schedule_are_in_the_folder(pipe):
@@ -59,7 +59,7 @@ def test_the_score_network_draws_digits(judge):
     """The judge is sure of nine in ten of them, as of real digits; noise or blobs leave it in doubt."""
     pipe = NCSNPipeline.from_pretrained(PIPELINES / "mnist-ncsn")
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(16, 96, torch.Generator().manual_seed(0), output_type="pt").images
+    images = pipe(8, 96, torch.Generator().manual_seed(0), output_type="pt").images
     sure = judge(2 * images - 1, 0).logits.softmax(dim=-1).amax(dim=-1)
     assert sure.median() > 0.95
 
@@ -67,7 +67,7 @@ def test_the_score_network_draws_digits(judge):
 def test_guided_langevin_dynamics_draws_the_digits_asked_for():
     pipe = ClassifierGuidedPipeline.from_pretrained(PIPELINES / "mnist-ncsn-guided")
     pipe.set_progress_bar_config(disable=True)
-    images = Sampler(OpenedPipeline(pipe), SamplingSettings(10, num_inference_steps=96)).draw_all()
+    images = Sampler(OpenedPipeline(pipe), SamplingSettings(10, num_inference_steps=48)).draw_all()
     features = load_features(f"classifier:{PIPELINES / 'mnist-judge'}")
     assert sum(seen == label for label, seen in enumerate(predicted_classes(features, images))) >= 8
 

@@ -1,11 +1,9 @@
-import subprocess
-import sys
-
 import diffusers
 import numpy as np
 import pytest
 import torch
 from tiny_models import CLASSIFIER, SCHEDULE, make_pipeline
+from tiny_training import context, finish
 
 from hfdiff import AnnealedLangevinScheduler, ClassifierGuidedPipeline, DDPMScheduler, NCSNv2Model, NoisyClassifier
 
@@ -180,17 +178,18 @@ def test_callback_can_replace_the_latents(pipe):
     assert torch.equal(images, torch.ones_like(images))
 
 
+def draw_saved(folder):
+    pipe = ClassifierGuidedPipeline.from_pretrained(folder)
+    images = pipe([0, 1, 2], num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    torch.save(images, folder / "images.pt")
+
+
 def test_saved_pipeline_gives_the_same_pixels_in_a_fresh_process(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path / "pipe")
+    pipe.save_pretrained(tmp_path)
     expected = run(pipe, guidance_scale=None)
-    program = f"""
-import torch
-from hfdiff import ClassifierGuidedPipeline
-pipe = ClassifierGuidedPipeline.from_pretrained({str(tmp_path / "pipe")!r})
-images = pipe([0, 1, 2], num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="pt").images
-torch.save(images, {str(tmp_path / "images.pt")!r})
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    process = context.Process(target=draw_saved, args=(tmp_path,))
+    process.start()
+    assert finish([process]) == [0]
     assert torch.equal(torch.load(tmp_path / "images.pt"), expected)
 
 
@@ -213,12 +212,12 @@ def test_model_offloading_changes_nothing():
         assert torch.equal(run(pipe), expected)
 
 
-def test_optimized_pipeline_draws_the_same_images(monkeypatch):
+def test_optimized_pipeline_draws_the_same_images():
     """Without the compiler, which `make bench` runs: dtype and frozen weights."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     plain, fast = make_pipeline(), make_pipeline().optimize()
     assert not any(parameter.requires_grad for parameter in fast.classifier.parameters())
-    assert (run(plain) - run(fast)).abs().mean() < 0.02
+    with torch._dynamo.config.patch(disable=True):
+        assert (run(plain) - run(fast)).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize(

@@ -357,9 +357,9 @@ def test_no_line_that_nobody_can_act_on(pipe, caplog, capfd):
 
 def test_optimizing_for_half_precision_tells_nothing(monkeypatch, capfd):
     """As on a processor with bfloat16, without the compiler."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     monkeypatch.setattr("hfdiff.pipelines.optimization.fastest_dtype", lambda device: torch.bfloat16)
     optimized = make_pipeline().optimize()
     assert optimized.unet.dtype == optimized.classifier.dtype == torch.bfloat16
-    draw(optimized, 1)
+    with torch._dynamo.config.patch(disable=True):
+        draw(optimized, 1)
     assert "float32" not in capfd.readouterr().err

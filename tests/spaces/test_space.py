@@ -1,31 +1,24 @@
 """The Space as programs use it: the same images as its code, refusals in a sentence, nothing but what it offers."""
 
 import json
-import os
-import subprocess
-import sys
+import re
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from space_server import ROOT, SPACE, serve, serve_from_hub
+from space_server import SPACE
 
-from hfdiff.hub.space import export_space
+from hfdiff.pipelines.hub_download import bundled_source
 
 gradio_client = pytest.importorskip("gradio_client")
-pytest.importorskip("gradio")
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio")
 
 GUIDED = {"labels": ["3", "1"], "guidance_scale": 6.0, "steps": 4, "scheduler": "DDPM", "seed": 5}
 SWEEP = {"label": "8", "guidance_scales": ["0", "4", "16"], "steps": 4, "scheduler": "DDIM", "seed": 2}
 LANGEVIN = {"count": 2, "steps": 8, "sampling": "consistent", "seed": 7}
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("space")) as address:
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +52,12 @@ def answer(request):
         ("/langevin", {**LANGEVIN, "sampling": "predictor_corrector"}),
     ],
 )
-def test_the_code_that_it_shows_draws_the_same_pixels(client, tmp_path, endpoint, inputs):
+def test_the_code_that_it_shows_draws_the_same_pixels(client, endpoint, inputs):
+    """In another process than the Space's, this one."""
     images, report = images_of(client, endpoint, **inputs)
-    save = "\nimport numpy as np\nnp.save('images.npy', np.stack([np.asarray(image) for image in images]))\n"
-    code = report["code"].replace(report["model"], str(ROOT / report["model"]))
-    subprocess.run([sys.executable, "-c", code + save], cwd=tmp_path, check=True, capture_output=True)
-    np.testing.assert_array_equal(np.load(tmp_path / "images.npy"), images[..., 0])
+    names = {}
+    exec(report["code"].replace(report["model"], bundled_source(report["model"])), names)
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in names["images"]]), images[..., 0])
 
 
 def test_guidance_raises_the_probability_of_the_class(client):
@@ -166,41 +159,37 @@ def test_the_queue_cannot_be_skipped_and_uploads_are_small(address):
     assert answer(upload)[0] == 413
 
 
-def test_a_model_that_does_not_open_is_told_and_replaced(tmp_path):
-    with serve(tmp_path, HFDIFF_MODEL="nobody/nothing") as address:
-        client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path))
-        notes = [str(part["props"].get("value")) for part in client.config["components"]]
-        assert any("`nobody/nothing` did not open" in note for note in notes)
-        assert images_of(client, "/guided", **GUIDED)[1]["model"] == "hfdiff/mnist-classifier-guided"
+def test_a_model_that_does_not_open_is_told_and_replaced(from_hub, tmp_path):
+    client = gradio_client.Client(from_hub[0], verbose=False, download_files=str(tmp_path))
+    notes = [str(part["props"].get("value")) for part in client.config["components"]]
+    assert any("`nobody/nothing` did not open" in note for note in notes)
+    assert images_of(client, "/guided", **GUIDED)[1]["model"] == "hfdiff/mnist-classifier-guided"
 
 
-def test_pipelines_come_from_the_hub_where_they_are_named(tmp_path):
+def test_pipelines_come_from_the_hub_where_they_are_named(from_hub, tmp_path):
     """The other is the bundled one, for which the Hub is not asked; the code names what was opened."""
-    with serve_from_hub(tmp_path, ncsn="user/ncsn") as address:
-        client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path))
-        assert not any("did not open" in str(part["props"].get("value")) for part in client.config["components"])
-        images, report = images_of(client, "/guided", **GUIDED)
-        assert images.shape == (4, 28, 28, 1)
-        assert "from_pretrained('hfdiff/mnist-classifier-guided')" in report["code"]
-        assert images_of(client, "/langevin", **LANGEVIN)[1]["model"] == "user/ncsn"
+    address, hub = from_hub
+    client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path))
+    assert not any("user/ncsn` did not open" in str(part["props"].get("value")) for part in client.config["components"])
+    images, report = images_of(client, "/guided", **GUIDED)
+    assert images.shape == (4, 28, 28, 1)
+    assert "from_pretrained('hfdiff/mnist-classifier-guided')" in report["code"]
+    assert images_of(client, "/langevin", **LANGEVIN)[1]["model"] == "user/ncsn"
+    asked = {repo_id for repo_id, *_ in hub.requests}
+    assert "user/ncsn" in asked
+    assert "hfdiff/mnist-classifier-guided" not in asked
 
 
-def test_what_is_deployed_needs_nothing_of_this_checkout(tmp_path):
+def test_what_is_deployed_needs_nothing_of_this_checkout(address, served, client):
     """In the folder as it is sent, hfdiff is its own and only what `requirements.txt` names is imported."""
-    space = export_space(SPACE, tmp_path / "space")
-    program = """
-import sys
-for name in ("datasets", "torchmetrics", "matplotlib", "sklearn", "scipy", "jsonargparse", "spaces"):
-    sys.modules[name] = None
-import app, hfdiff, opening
-print(hfdiff.__file__)
-guided, ncsn = opening.open_pipelines()
-print(guided.name, ncsn.name)
-"""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=space, env=environment, capture_output=True, text=True, check=True
-    )
-    package, names = done.stdout.splitlines()
-    assert package.startswith(str(space))
-    assert names == "hfdiff/mnist-classifier-guided hfdiff/mnist-ncsn"
+    assert served.joinpath("log").read_text().startswith(str(served / "space" / "hfdiff"))
+    assert images_of(client, "/guided", **GUIDED)[1]["model"] == "hfdiff/mnist-classifier-guided"
+    assert images_of(client, "/langevin", **LANGEVIN)[1]["model"] == "hfdiff/mnist-ncsn"
+    assert not any("did not open" in str(part["props"].get("value")) for part in client.config["components"])
+
+
+def test_the_code_of_its_card_runs(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", SPACE.joinpath("README.md").read_text(), flags=re.DOTALL)
+    assert "http://127.0.0.1:7860" in code  # where a reader has the Space
+    exec(code.replace("http://127.0.0.1:7860", address), {})

@@ -5,22 +5,21 @@ import importlib
 import io
 import json
 import math
-import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from loopback_hub import LoopbackHub
 from PIL import Image
 from space_server import ROOT, SPACE
 
 from hfdiff.hub.space import export_space
 
-pytest.importorskip("gradio")
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio")
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +150,19 @@ def test_frames_are_what_the_pipeline_saw(part):
     np.testing.assert_allclose(frames[0].probabilities, probabilities.numpy(), rtol=1e-4)
 
 
+def test_pipelines_are_those_that_variables_name(part, monkeypatch):
+    """A folder; a Hub id, in whose place the bundled one is opened where it cannot be reached."""
+    folder = str(ROOT / "pipelines" / "mnist-ncsn")
+    monkeypatch.setenv("HFDIFF_NCSN_MODEL", folder)
+    monkeypatch.setenv("HFDIFF_MODEL", "nobody/nothing")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    guided, ncsn = part("opening").open_pipelines()
+    assert (ncsn.name, ncsn.note) == (folder, "")
+    assert guided.name == "hfdiff/mnist-classifier-guided"
+    assert "`nobody/nothing` did not open" in guided.note
+    assert not torch.nn.Linear(1, 1).weight.is_meta  # nothing of the opening is left
+
+
 def test_classes_are_in_order_and_may_have_no_names(part):
     """Those of a classifier without names are asked for by index, by the call and by its code."""
     from hfdiff import NoisyClassifier
@@ -201,52 +213,6 @@ def test_a_gpu_is_lent_for_the_time_of_the_steps(part, monkeypatch):
     assert zero_gpu.on_gpu(draw) is draw
     monkeypatch.setitem(sys.modules, "spaces", None)
     assert zero_gpu.on_gpu(draw) is draw
-
-
-@pytest.fixture(scope="module")
-def deployed(tmp_path_factory):
-    """A Space pushed twice to a loopback Hub by the command, and a folder that is none."""
-    home = tmp_path_factory.mktemp("home")
-    command = [sys.executable, "-m", "hfdiff", "push-space"]
-    with LoopbackHub() as hub:
-        environment = hub.environment(home, "writes")
-        options = {"env": environment, "capture_output": True, "text": True, "cwd": home}
-        arguments = [str(SPACE), "user/show", "--model", "user/digits", "--private"]
-        first = subprocess.run([*command, *arguments], **options)
-        again = subprocess.run([*command, str(SPACE), "show"], **options)
-        wrong = subprocess.run([*command, str(ROOT / "docs"), "user/other"], **options)
-        stranger = subprocess.run(
-            [*command, str(SPACE), "user/show"], **{**options, "env": hub.environment(home, "reads")}
-        )
-        yield SimpleNamespace(hub=hub, first=first, again=again, wrong=wrong, stranger=stranger)
-
-
-def test_a_pushed_space_has_all_it_needs(deployed):
-    assert deployed.first.returncode == 0, deployed.first.stderr
-    assert deployed.first.stdout.startswith(deployed.hub.url)
-    repository = deployed.hub.repositories["user/show"]
-    files = repository.commits[repository.refs["main"]]
-    assert files["app.py"] == SPACE.joinpath("app.py").read_bytes()
-    weights = "mnist-classifier-guided/unet/diffusion_pytorch_model.safetensors"
-    assert files[f"pipelines/{weights}"] == ROOT.joinpath("pipelines", weights).read_bytes()
-    assert {"hfdiff/__init__.py", "pipelines/mnist-ncsn/model_index.json", "requirements.txt"} <= set(files)
-    assert not [name for name in files if "__pycache__" in name or "mnist-judge" in name]
-    assert (repository.sdk, repository.private) == ("gradio", True)
-    assert repository.variables == {"HFDIFF_MODEL": "user/digits"}
-
-
-def test_a_space_is_pushed_again(deployed):
-    assert deployed.again.returncode == 0, deployed.again.stderr
-    assert len(deployed.hub.repositories["user/show"].commits) == 3  # made, pushed, pushed
-
-
-def test_what_is_no_space_and_who_may_not_write_is_told(deployed):
-    assert deployed.wrong.returncode == 2
-    assert "`folder` must be a Gradio Space" in deployed.wrong.stderr
-    assert "user/other" not in deployed.hub.repositories
-    assert deployed.stranger.returncode == 2
-    assert "may only read" in deployed.stranger.stderr
-    assert "Traceback" not in deployed.wrong.stderr + deployed.stranger.stderr
 
 
 def test_the_front_matter_is_what_runs_here():

@@ -314,6 +314,24 @@ def test_guided_denoising_loss_is_least_at_the_exact_gradient() -> None:
     assert min(losses, key=losses.get) == 1.0, losses
 
 
+@pytest.mark.parametrize("scheduler", LEVELS)
+def test_a_gradient_distilled_from_an_exact_teacher_is_the_exact_one_without_noise(scheduler) -> None:
+    pair = GaussianPair(scheduler)
+    x0, t, noise, labels = pair.draw(64)
+
+    def teacher(xt: Tensor, t: Tensor, class_labels: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=pair.eps_by_class(xt, t).gather(1, class_labels[:, None]).view_as(xt))
+
+    def loss(scale: float) -> Tensor:
+        def classifier(xt: Tensor, t: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=scale * pair.logits(xt, t))
+
+        return guided_denoising_loss(classifier, pair.unet, scheduler, x0, t, noise, labels, teacher=teacher)
+
+    torch.testing.assert_close(loss(1.0).detach(), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-20)
+    assert loss(0.9) > 1e-6
+
+
 def test_guided_denoising_loss_reads_every_prediction_type() -> None:
     losses = []
     for kind in ("epsilon", "v_prediction"):

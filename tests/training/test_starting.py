@@ -10,14 +10,17 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from trainings import load_training
 
 from hfdiff import AnnealedLangevinScheduler, ClassifierGuidedPipeline, NCSNPipeline, NCSNv2Model, NoisyClassifier, cli
 from hfdiff.data.labelled import LabelledImages, load_images
 from hfdiff.schedulers.scheduling_ddpm import DDPMScheduler
+from hfdiff.training.batches import BatchStream
 from hfdiff.training.checkpoints import with_global_batch
 from hfdiff.training.diffusion_model import open_diffusion_model
 from hfdiff.training.levels import choose_levels
+from hfdiff.training.unet import with_classes, without_classes
 
 QUICK = ["--max_train_steps", "1", "--train_batch_size", "4", "--report_to", "none", "--lr_warmup_steps", "0"]
 NO_STEP = [*QUICK, "--learning_rate", "1e-12"]  # one that leaves the weights as they are
@@ -198,3 +201,79 @@ def test_a_bundled_model_opens_by_its_hub_id(monkeypatch: pytest.MonkeyPatch) ->
     model = open_diffusion_model("hfdiff/mnist-classifier-guided")
     assert (model.size, model.channels) == (28, 1)
     assert model.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+
+
+# --- a teacher: a class-conditional model that also draws without a class --------------------------------------------
+
+SIZES = ["--block_out_channels", "[8,16]", "--norm_num_groups", "4", "--attention_head_dim", "8"]
+
+
+@pytest.fixture(scope="module")
+def plain_and_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An unconditional model of the digits, and one with classes that started from it."""
+    plain, teacher = (tmp_path_factory.mktemp(name) for name in ("plain", "teacher"))
+    load_training("ddpm").main([*QUICK, *UNMEASURED, *SIZES, "--num_train_timesteps", "20", "--output_dir", str(plain)])
+    flags = ["--class_conditional", "--class_dropout", "0.5", "--init_from", str(plain), "--learning_rate", "0.05"]
+    load_training("ddpm").main([*QUICK, *UNMEASURED, *flags, "--output_dir", str(teacher)])
+    return plain, teacher
+
+
+def test_a_model_without_classes_learns_them_from_where_it_is(plain_and_teacher: tuple[Path, Path]) -> None:
+    unet = UNet2DModel.from_pretrained(plain_and_teacher[0], subfolder="unet")
+    told = with_classes(unet, 11)
+    xt, t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 7, 19])
+    with torch.no_grad():
+        assert torch.equal(told(xt, t, class_labels=torch.tensor([0, 4, 10])).sample, unet(xt, t).sample)
+        nn.init.normal_(told.class_embedding.weight)
+        by_null = told(xt, t, class_labels=torch.full((3,), 10)).sample
+        assert not torch.equal(by_null, told(xt, t, class_labels=torch.full((3,), 3)).sample)
+        torch.testing.assert_close(without_classes(told)(xt, t).sample, by_null)
+
+
+def test_dropped_classes_are_the_one_after_the_last() -> None:
+    images, labels = torch.zeros(1000, 1, 2, 2), torch.arange(1000) % 4
+    data = LabelledImages(images, labels, list("abcd"))
+    whole, dropped = (BatchStream(data, 1000, 10, seed=0, class_dropout=share)(3) for share in (0.0, 0.3))
+    assert torch.equal(whole.noise, dropped.noise)
+    kept = dropped.labels != 4
+    assert torch.equal(whole.labels[kept], dropped.labels[kept])
+    assert 0.26 < 1 - kept.double().mean().item() < 0.34
+
+
+@pytest.mark.parametrize("guides", ["the teacher itself", "another model"])
+def test_a_classifier_learns_its_gradient_from_a_teacher(
+    plain_and_teacher: tuple[Path, Path], tmp_path: Path, guides: str
+) -> None:
+    plain, teacher = plain_and_teacher
+    flags = ["--teacher", str(teacher), "--guided_denoising_weight", "1", "--time_sampling", "log-snr"]
+    if guides == "another model":
+        flags += ["--diffusion_model", str(plain)]
+    load_training("classifier").main([*QUICK, *flags, "--sample_images", "0", "--output_dir", str(tmp_path)])
+    pipe = ClassifierGuidedPipeline.from_pretrained(tmp_path)
+    assert pipe.unet.config.num_class_embeds is None
+    xt, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 12])
+    with torch.no_grad():
+        if guides == "another model":
+            expected = UNet2DModel.from_pretrained(plain, subfolder="unet")(xt, t).sample
+        else:
+            told = UNet2DModel.from_pretrained(teacher, subfolder="unet")
+            expected = told(xt, t, class_labels=torch.tensor([10, 10])).sample
+        torch.testing.assert_close(pipe.unet(xt, t).sample, expected)
+
+
+def test_a_teacher_that_does_not_fit_is_refused(
+    plain_and_teacher: tuple[Path, Path], conditional: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, teacher = map(str, plain_and_teacher)
+    distil = ["--guided_denoising_weight", "1", *QUICK, "--output_dir", str(tmp_path)]
+    for flags, words in [
+        (["--teacher", plain, *distil], "`teacher` must be the pipeline of a class-conditional model"),
+        (["--teacher", str(conditional), *distil], "`teacher` must be the pipeline of a class-conditional model"),
+        (["--teacher", teacher, *QUICK], "`teacher` needs a `guided_denoising_weight`"),
+    ]:
+        with pytest.raises(SystemExit):
+            cli.main(["train", "classifier", *flags])
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", "ddpm", "--class_dropout", "0.1"])
+    assert "`class_dropout` needs `class_conditional`" in capsys.readouterr().err
