@@ -118,6 +118,7 @@ class Editing:
             noise: unit normal, for the unknown pixels.
             index: of the step.
         """
+        assert self.known is not None
         known = self._spread(self.known)
         return torch.where(known, (self.path_at(index + 1) - mean) / std, noise), known
 
