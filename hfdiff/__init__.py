@@ -6,11 +6,13 @@ from .lazy import announce, lazy_names
 
 if TYPE_CHECKING:
     from .models.adm_unet import ADMUNet
+    from .models.clean_classifier import CleanClassifier
     from .models.ncsn import NCSNModel
     from .models.ncsnv2 import NCSNv2Model
     from .models.noisy_classifier import NoisyClassifier
     from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
     from .pipelines.pipeline_ncsn import NCSNPipeline
+    from .pipelines.training_free import GuidanceMethod
     from .schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
     from .schedulers.scheduling_ddim import DDIMScheduler
     from .schedulers.scheduling_ddpm import DDPMScheduler
@@ -19,8 +21,10 @@ __all__ = [
     "ADMUNet",
     "AnnealedLangevinScheduler",
     "ClassifierGuidedPipeline",
+    "CleanClassifier",
     "DDIMScheduler",
     "DDPMScheduler",
+    "GuidanceMethod",
     "NCSNModel",
     "NCSNPipeline",
     "NCSNv2Model",
@@ -29,11 +33,13 @@ __all__ = [
 
 _HOMES = {
     ".models.adm_unet": "ADMUNet",
+    ".models.clean_classifier": "CleanClassifier",
     ".models.ncsn": "NCSNModel",
     ".models.ncsnv2": "NCSNv2Model",
     ".models.noisy_classifier": "NoisyClassifier",
     ".pipelines.pipeline_classifier_guided": "ClassifierGuidedPipeline",
     ".pipelines.pipeline_ncsn": "NCSNPipeline",
+    ".pipelines.training_free": "GuidanceMethod",
     ".schedulers.scheduling_annealed_langevin": "AnnealedLangevinScheduler",
     ".schedulers.scheduling_ddim": "DDIMScheduler",
     ".schedulers.scheduling_ddpm": "DDPMScheduler",

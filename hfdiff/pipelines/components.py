@@ -43,7 +43,7 @@ def check_components(unet: Any, classifier: Any, scheduler: Any, id2label: dict[
     if is_of(classifier, "transformers"):
         raise ValueError(
             f"`classifier` must map noisy images and a timestep, (x_t, t), to logits, got {type(classifier).__name__}, "
-            "which takes clean images alone; use an hfdiff.NoisyClassifier, or a torch.nn.Module of (x_t, t)."
+            "which takes clean images alone; wrap it: hfdiff.CleanClassifier(model), or use an hfdiff.NoisyClassifier."
         )
     if unet is None or scheduler is None:
         return

@@ -35,10 +35,13 @@ from .outputs import (
     draws_from_zero,
     format_images,
 )
+from .recurrence import Recurrence, check_recurrence
 from .steps import scheduler_guides, set_timesteps, step_options
+from .training_free import GuidanceAtX0, GuidanceMethod, check_method
 from .twisted import Particles, check_num_particles, repeat_generators
 
 Scale = float | Tensor
+Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
@@ -52,8 +55,8 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     Args:
         unet: predicts from (x_t, t), (B, C, H, W); a UNet with class embeddings is given the labels too, as the
             paper's class-conditional models are.
-        classifier: [`NoisyClassifier`], or any module that maps (x_t, t) to logits (B, K); None draws unguided, by
-            class where the UNet has class embeddings.
+        classifier: [`NoisyClassifier`], any module that maps (x_t, t) to logits (B, K), or a [`CleanClassifier`], which
+            is asked at the predicted x_0; None draws unguided, by class where the UNet has class embeddings.
         scheduler: any diffusers scheduler with the noise levels both were trained on; swap it by `from_config`.
         default_guidance_scale: w where a call gives none; by default the classifier's own, its config's
             `guidance_scale`, or 1.
@@ -105,6 +108,8 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         timesteps: Sequence[int] | None = None,
         respacing: str | None = None,
         batch_size: int = 1,
+        guide: Guide | None = None,
+        method: GuidanceMethod | None = None,
         num_particles: int = 1,
     ) -> GuidedOutput | tuple[Any]:
         """Draws one image per class label, or unguided images where there are no labels.
@@ -130,6 +135,10 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             timesteps: the steps themselves, descending, in place of their number, where the scheduler takes them.
             respacing: OpenAI's "250", "10,15,20" or "ddim25", in place of their number, for hfdiff's DDPMScheduler.
             batch_size: how many images, where there are no labels to count.
+            guide: any `f(x_t, t, x_0)` that gives log f of each image, (B,), by torch, of x_t as the models see it, the
+                timestep and the predicted x_0; beside the classifier or without. Its strength is its own: the scale is
+                the classifier's, the interval is for both.
+            method: how the gradient is made, such as `GuidanceMethod.freedom()`; by default [`GuidanceMethod`]'s.
             num_particles: K, of each image: sequential Monte Carlo, exact as K grows even where the gradient is wrong
                 (Wu et al. 2023, [`Particles`]), for K times the calls. `effective_sample_size` of the output says how
                 far guidance alone is from p(x) p(y | x)^w. `latents` is to have K of each image, in a row, and
@@ -143,12 +152,15 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
         check_components(self.unet, self.classifier, self.scheduler, self.id2label)
-        shifts_mean = scheduler_guides(self.scheduler, guidance_mode) if self.classifier is not None else False
+        guides = self.classifier is not None or guide is not None
+        shifts_mean = scheduler_guides(self.scheduler, guidance_mode) if guides else False
         labels = self._labels(class_labels, guidance_scale)
         count = check_batch_size(batch_size, labels)
         self._guidance_scale = self._choose_scale(guidance_scale, labels)
         check_generator(generator, count)
-        check_num_particles(num_particles, self.scheduler, eta, labels)
+        method = check_method(method, guide, self.classifier)
+        check_recurrence(method.recurrence, self.scheduler, num_particles)
+        check_num_particles(num_particles, self.scheduler, eta, labels is not None or guide is not None)
         particle_generator = repeat_generators(generator, num_particles)
         latents = self._initial_noise(count * num_particles, particle_generator, latents)
         options = step_options(self.scheduler, generator, eta)
@@ -156,13 +168,19 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         self._num_timesteps, self._interrupt = len(steps), False
         progress = torch.linspace(0, 1, len(steps), dtype=torch.float64).tolist()
         scales = [scale_at(point, self._guidance_scale, count) for point in progress]
-        scales = [scale if start <= point <= end else 0.0 for point, scale in zip(progress, scales)]
+        guided = [start <= point <= end for point in progress]
+        scales = [scale if inside else 0.0 for inside, scale in zip(guided, scales)]
         latents = latents * self.scheduler.init_noise_sigma
 
-        sampling = GuidedSampling(self.unet, self.classifier, self.scheduler, labels, scales, shifts_mean, options)
+        at_x0 = GuidanceAtX0(method, self.scheduler, steps, particle_generator)
+        sampling = GuidedSampling(
+            self.unet, self.classifier, self.scheduler, labels, scales, shifts_mean, options, at_x0, guide, guided
+        )
+        recur = Recurrence(sampling, steps, method.recurrence, generator) if method.recurrence > 1 else None
         particles = Particles(sampling, count, num_particles, generator) if num_particles > 1 else None
 
         for i, t in enumerate(self.progress_bar(steps)):
+            latents = latents if recur is None else recur(latents, i)
             xt = self.scheduler.scale_model_input(latents, t)
             evaluation = sampling.evaluate(xt, t, i)
             if particles is None:

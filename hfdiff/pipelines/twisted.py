@@ -21,7 +21,7 @@ from .steps import parameters_of
 RESAMPLE_BELOW = 0.5  # of K: the effective sample size that lets the particles be resampled (the paper's)
 
 
-def check_num_particles(num_particles: Any, scheduler: Any, eta: float, labels: Tensor | None) -> None:
+def check_num_particles(num_particles: Any, scheduler: Any, eta: float, guided: bool) -> None:
     """Refuses a number of particles below 1, or more than one where no step is a Gaussian that they can be weighed by.
 
     Raises:
@@ -41,9 +41,10 @@ def check_num_particles(num_particles: Any, scheduler: Any, eta: float, labels: 
             f"{' and an `eta` of 0' if 'eta' in accepted else ''}; use hfdiff.DDPMScheduler, or a DDIMScheduler with "
             "`eta=1.0`."
         )
-    if labels is None:
+    if not guided:
         raise ValueError(
-            f"`num_particles` needs `class_labels` to weigh particles by, got {num_particles} without; name classes."
+            f"`num_particles` needs `class_labels` or a `guide` to weigh particles by, got {num_particles} without; "
+            "name classes."
         )
 
 
