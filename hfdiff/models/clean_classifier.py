@@ -6,7 +6,7 @@ normalisation, is part of the graph.
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .noisy_classifier import NoisyClassifier
+
+if TYPE_CHECKING:  # diffusers copies what this file names, and what that imports it does not look for
+    from .layers import Blocks  # noqa: F401
 
 CLEAN = 0  # the timestep of a `NoisyClassifier` that classifies clean images
 FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # of an image processor's `resample`; others as bicubic
@@ -43,8 +46,8 @@ class CleanClassifier(ModelMixin, ConfigMixin):
             saved. A dictionary is the config of one of the first two, which gets random weights.
         processor: what the images go through first: an image processor of transformers, its folder or Hub id, or its
             settings, such as `{"size": {"height": 224, "width": 224}, "image_mean": [0.5], "image_std": [0.5]}`.
-            Default: the one beside the model. Images are resized by torch, with its gradient; grey ones are repeated in
-            as many channels as the mean has.
+            Default: the one beside the model. Images are resized by torch, with its gradient, and not rounded or
+            clipped; grey ones are repeated for a network of colours.
         num_classes: K, where the model does not say.
         id2label: names of the classes, where the model does not say.
         softplus_beta: makes each ReLU of the model a softplus of this β, whose gradient is smooth (Ma et al. 2023,
@@ -98,6 +101,13 @@ class CleanClassifier(ModelMixin, ConfigMixin):
         return {int(index): str(name) for index, name in (self.config.id2label or {}).items()}
 
     @property
+    def num_channels(self) -> int:
+        """The channels that the network takes."""
+        config: Any = getattr(self.network, "config", None)
+        counts = (getattr(config, name, None) for name in ("num_channels", "in_channels"))
+        return next((count for count in counts if count is not None), self.mean.shape[1])
+
+    @property
     def unsaved(self) -> str | None:
         """Why it cannot be saved; None where it can."""
         return (
@@ -124,7 +134,8 @@ class CleanClassifier(ModelMixin, ConfigMixin):
             height, width = _height_width(settings["crop_size"])
             top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
             images = images[:, :, top : top + height, left : left + width]
-        return (images - self.mean) / self.std  # grey images are repeated by broadcasting
+        images = (images - self.mean) / self.std
+        return images.expand(-1, self.num_channels, -1, -1) if images.shape[1] == 1 else images
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> CleanClassifierOutput | tuple[Tensor]:
         """Classifies images.
@@ -255,7 +266,7 @@ def _target(settings: dict[str, Any], height: int, width: int) -> tuple[int, int
     edge = size if isinstance(size, int) else size["shortest_edge"]
     if "crop_pct" in settings and edge < 384:  # as ConvNeXT's processor does
         edge = int(edge / settings["crop_pct"])
-    return round(height * edge / min(height, width)), round(width * edge / min(height, width))
+    return int(height * edge / min(height, width)), int(width * edge / min(height, width))
 
 
 def _resize(images: Tensor, height: int, width: int, resample: int | None) -> Tensor:

@@ -54,6 +54,11 @@ def check_components(unet: Any, classifier: Any, scheduler: Any, id2label: dict[
                 f"`classifier` must have the UNet's {name}, {ours}, got {theirs}; use a classifier trained on the same "
                 "images."
             )
+    channels, theirs = config_of(unet, "in_channels"), getattr(classifier, "num_channels", None)
+    if None not in (channels, theirs) and channels not in (1, theirs):
+        raise ValueError(
+            f"`classifier` must take the UNet's {channels} channels, got a classifier of {theirs}; use one of colours."
+        )
     classes = config_of(classifier, "num_classes")
     if None not in (classes, embeddings) and classes not in (embeddings, embeddings - 1):  # one may stand for no class
         raise ValueError(

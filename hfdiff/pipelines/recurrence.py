@@ -2,7 +2,8 @@
 
 Lugmayr et al., "RePaint", 2022, section 4.2; as time travel in Yu et al., "FreeDoM", 2023, and as self-recurrence in
 Bansal et al., "Universal Guidance for Diffusion Models", 2023. The noise brings x_{t-1} back to what x_t is distributed
-like, so what guidance has moved and the model has not yet made likely, it makes likely in the next round.
+like, so what guidance has moved and the model has not yet made likely, it makes likely in the next round. A multistep
+solver takes the noise between its rounds for curvature, so it needs more steps than one that remembers none.
 """
 
 from typing import Any
