@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .models.ncsn import NCSNModel
     from .models.ncsnv2 import NCSNv2Model
     from .models.noisy_classifier import NoisyClassifier
+    from .pipelines.composition import Both, Either, Not
     from .pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
     from .pipelines.pipeline_ncsn import NCSNPipeline
     from .pipelines.training_free import GuidanceMethod
@@ -20,15 +21,18 @@ if TYPE_CHECKING:
 __all__ = [
     "ADMUNet",
     "AnnealedLangevinScheduler",
+    "Both",
     "ClassifierGuidedPipeline",
     "CleanClassifier",
     "DDIMScheduler",
     "DDPMScheduler",
+    "Either",
     "GuidanceMethod",
     "NCSNModel",
     "NCSNPipeline",
     "NCSNv2Model",
     "NoisyClassifier",
+    "Not",
 ]
 
 _HOMES = {
@@ -37,6 +41,7 @@ _HOMES = {
     ".models.ncsn": "NCSNModel",
     ".models.ncsnv2": "NCSNv2Model",
     ".models.noisy_classifier": "NoisyClassifier",
+    ".pipelines.composition": "Both Either Not",
     ".pipelines.pipeline_classifier_guided": "ClassifierGuidedPipeline",
     ".pipelines.pipeline_ncsn": "NCSNPipeline",
     ".pipelines.training_free": "GuidanceMethod",

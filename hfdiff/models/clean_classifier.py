@@ -137,7 +137,7 @@ class CleanClassifier(ModelMixin, ConfigMixin):
         images = (images - self.mean) / self.std
         return images.expand(-1, self.num_channels, -1, -1) if images.shape[1] == 1 else images
 
-    def forward(self, sample: Tensor, return_dict: bool = True) -> CleanClassifierOutput | tuple[Tensor]:
+    def forward(self, sample: Tensor, *, return_dict: bool = True) -> CleanClassifierOutput | tuple[Tensor]:
         """Classifies images.
 
         Args:

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .composition import composed_log_likelihood
+
 
 def log_likelihood(logits: Tensor, class_labels: Tensor, temperatures: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """log p(y | x) of each row of logits (B, K), in float32 at least.
 
-    `class_labels` is (B,) of class indices, or (B, K) of class probabilities q, for which it is Σ_k q_k log p(k | x).
+    `class_labels` is (B,) of class indices; (B, K) of class probabilities q, for which it is Σ_k q_k log p(k | x); or
+    (B, J, K + 1) of [`~composition.composed_labels`].
 
     `temperatures` (τ_1, τ_2) other than 1 put τ_1 f_k - log Σ_j exp(τ_2 f_j) of the logits f in place of log p(k | x),
     the joint energy and the marginal (Ma et al., "Elucidating the Design Space of Classifier-Guided Diffusion
@@ -26,6 +29,8 @@ def log_likelihood(logits: Tensor, class_labels: Tensor, temperatures: tuple[flo
     if temperatures != (1.0, 1.0):
         joint, marginal = temperatures
         log_probs = joint * logits - (marginal * logits).logsumexp(dim=-1, keepdim=True)
+    if class_labels.ndim == 3:
+        return composed_log_likelihood(log_probs, class_labels)
     if class_labels.is_floating_point():
         return (class_labels * log_probs).sum(dim=-1)
     return log_probs.gather(-1, class_labels[:, None])[:, 0]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .classifier_free import Reference, extrapolate
 from .components import config_of, floats_of
 from .gaussian import clip_x0_, convert, from_x0, to_x0
 from .guidance import classifier_guidance, log_likelihood, shift_epsilon
@@ -48,6 +49,7 @@ class GuidedSampling:
         at_x0: how guides of the predicted x_0 guide, and the method's other options.
         guide: (x_t, t, x_0) to log f, (B,); None where there is none.
         guided: of each step, whether it follows the guide.
+        references: predictions to guide away from.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class GuidedSampling:
         at_x0: GuidanceAtX0,
         guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
         guided: Sequence[bool],
+        references: Sequence[Reference] = (),
     ) -> None:
         self.unet, self.classifier, self.scheduler = unet, classifier, scheduler
         self.labels, self.scales = labels, scales
-        self.shifts_mean, self.options = shifts_mean, options
+        self.shifts_mean, self.options, self.references = shifts_mean, options, references
         self.at_x0, self.guide, self.guided = at_x0, guide, guided
 
     def evaluate(self, xt: Tensor, timestep: Tensor, index: int) -> Evaluation:
@@ -77,7 +80,9 @@ class GuidedSampling:
             index: of the step.
         """
         noisy, at_x0 = self.noisy_labels(index), self.guides_at_x0(index)
-        evaluation = self._evaluate_at_x0(xt, timestep, index) if at_x0 else Evaluation(self.predict(xt, timestep))
+        evaluation = (
+            self._evaluate_at_x0(xt, timestep, index) if at_x0 else Evaluation(self.predict(xt, timestep, index))
+        )
         if noisy is None:
             return evaluation
         method, scale = self.at_x0.method, self.scales[index]
@@ -114,7 +119,7 @@ class GuidedSampling:
         labels, guide = self.clean_labels(index), self.guide if self.guided[index] else None
 
         def predict(xt: Tensor) -> tuple[Tensor, Tensor]:
-            output = self.predict(xt, timestep)
+            output = self.predict(xt, timestep, index)
             return output, clip_x0_(self.to_x0(output, xt, timestep, index), self.scheduler.config)
 
         def log_prob(xt: Tensor, x0: Tensor) -> Tensor:
@@ -136,11 +141,28 @@ class GuidedSampling:
         output, kind = output[:, : xt.shape[1]], self.scheduler.config.prediction_type
         return to_x0(output, xt, alpha_bar_at(self.scheduler, index, timestep), kind)
 
-    def predict(self, xt: Tensor, timestep: Tensor) -> Tensor:
-        """The UNet's output in the dtype of x_t, without a learned variance that the scheduler would not read."""
-        condition = {} if config_of(self.unet, "num_class_embeds") is None else {"class_labels": self.labels}
-        output = self.unet(xt.to(floats_of(self.unet).dtype), timestep, **condition).sample.to(xt.dtype)
+    def predict(self, xt: Tensor, timestep: Tensor, index: int) -> Tensor:
+        """The model output in the dtype of x_t, without a learned variance that the scheduler would not read."""
+        output = self._run(self.unet, self.labels, xt, timestep)
+        references = [
+            (reference.scales[index], self._run(reference.unet, self._told(reference), xt, timestep)[:, : xt.shape[1]])
+            for reference in self.references
+            if reference.scales[index] != 1
+        ]
+        if references:
+            prediction, variance = output[:, : xt.shape[1]], output[:, xt.shape[1] :]
+            output = torch.cat([extrapolate(prediction, references), variance], dim=1)
         return output if type(self.scheduler).__name__ in VARIANCE_SCHEDULERS else output[:, : xt.shape[1]]
+
+    def _run(self, unet: Any, labels: Tensor | None, xt: Tensor, timestep: Tensor) -> Tensor:
+        condition = {} if config_of(unet, "num_class_embeds") is None else {"class_labels": labels}
+        return unet(xt.to(floats_of(unet).dtype), timestep, **condition).sample.to(xt.dtype)
+
+    def _told(self, reference: Reference) -> Tensor | None:
+        """The labels that a reference is told: its images', or the one after the last class, which stands for none."""
+        if not reference.drops_class or self.labels is None:
+            return self.labels
+        return torch.full_like(self.labels, config_of(reference.unet, "num_class_embeds") - 1)
 
     def repeat(self, times: int) -> None:
         """Draws each image so many times, side by side."""

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .composition import Composition, composed_labels
+
 KINDS_OF_NOISE = {"sigma_schedule": "from_betas", "scale_input": False}  # and what they are where a config lacks them
 
-Labels = int | str | Sequence[int | str] | Tensor
+Label = int | str | Composition
+Labels = Label | Sequence[Label] | Tensor
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -139,13 +142,13 @@ def label_tensor(class_labels: Labels, num_classes: int | None, id2label: dict[i
     """Class labels as a tensor on the CPU.
 
     Args:
-        class_labels: one class index or name, a sequence of them, a (B,) tensor of indices, or a (B, K) tensor of
-            class probabilities.
+        class_labels: one class index, name or composition of them, a sequence of them, a (B,) tensor of indices, or a
+            (B, K) tensor of class probabilities.
         num_classes: K; None, where the classifier does not tell, leaves indices unchecked above.
         id2label: names of the classes.
 
     Returns:
-        (B,) int64 indices, or (B, K) float32 probabilities.
+        (B,) int64 indices, (B, K) float32 probabilities, or (B, J, K + 1) [`~composition.composed_labels`].
     """
     if hasattr(class_labels, "__array__") and not isinstance(class_labels, Tensor):
         class_labels = torch.as_tensor(class_labels)
@@ -157,14 +160,24 @@ def label_tensor(class_labels: Labels, num_classes: int | None, id2label: dict[i
         class_labels = [class_labels]
     if not class_labels:
         raise ValueError("`class_labels` must name at least one class, got none; give one label per image.")
-    indices = [_label_index(label, id2label) for label in class_labels]
-    for index in indices:
+
+    def index_of(label: Any) -> int:
+        index = _label_index(label, id2label)
         if index < 0 or (num_classes is not None and index >= num_classes):
             raise ValueError(
                 f"`class_labels` must be between 0 and {'K' if num_classes is None else num_classes} - 1, "
                 f"the classifier's classes, got {index}; see `pipe.classifier.config.id2label`."
             )
-    return torch.tensor(indices)
+        return index
+
+    if not any(isinstance(label, Composition) for label in class_labels):
+        return torch.tensor([index_of(label) for label in class_labels])
+    if num_classes is None:
+        raise ValueError(
+            f"`class_labels` can be composed where the number of classes is known, got {list(class_labels)}; give the "
+            "classifier a config with `num_classes`."
+        )
+    return composed_labels(class_labels, num_classes, index_of)
 
 
 def _label_index(label: Any, id2label: dict[int, str]) -> int:
@@ -179,8 +192,8 @@ def _label_index(label: Any, id2label: dict[int, str]) -> int:
             "names come from the classifier's `id2label`."
         )
     raise ValueError(
-        "`class_labels` must be an integer, a name, a sequence of them, a (B,) integer tensor or a (B, K) tensor of "
-        f"class probabilities, got {label!r} of type {type(label).__name__}."
+        "`class_labels` must be an integer, a name, a composition, a sequence of them, a (B,) integer tensor or a "
+        f"(B, K) tensor of class probabilities, got {label!r} of type {type(label).__name__}."
     )
 
 

@@ -12,7 +12,10 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from .classifier_free import make_references
 from .components import check_components, config_of, floats_of
+from .corrector import Corrector, check_corrector_steps
+from .draws import repeat_generators
 from .guided_sampling import GuidedSampling
 from .hub_mixin import HubMixin
 from .inputs import (
@@ -38,7 +41,7 @@ from .outputs import (
 from .recurrence import Recurrence, check_recurrence
 from .steps import scheduler_guides, set_timesteps, step_options
 from .training_free import GuidanceAtX0, GuidanceMethod, check_method
-from .twisted import Particles, check_num_particles, repeat_generators
+from .twisted import Particles, check_num_particles
 
 Scale = float | Tensor
 Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -110,13 +113,19 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         batch_size: int = 1,
         guide: Guide | None = None,
         method: GuidanceMethod | None = None,
+        classifier_free_scale: float = 1.0,
+        weak_unet: ModelMixin | None = None,
+        autoguidance_scale: float = 1.0,
+        corrector_steps: int = 0,
+        corrector_accept: bool = False,
         num_particles: int = 1,
     ) -> GuidedOutput | tuple[Any]:
         """Draws one image per class label, or unguided images where there are no labels.
 
         Args:
             class_labels: a class index or name (of `id2label`), a sequence or (B,) tensor of them, or a (B, K) tensor
-                of class probabilities; None draws `batch_size` images unguided.
+                of class probabilities; `Both("3", "8")`, `Either(…)` and `Not(…)` stand for a label, too; None draws
+                `batch_size` images unguided.
             guidance_scale: w ≥ 0: one for all, a (B,) tensor, or a function of progress (0 at the first step, 1 at the
                 last) that gives either. 0 is off: the classifier is not run. Default: `default_guidance_scale`.
             num_inference_steps: model calls (of schedulers of first order).
@@ -139,6 +148,13 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
                 timestep and the predicted x_0; beside the classifier or without. Its strength is its own: the scale is
                 the classifier's, the interval is for both.
             method: how the gradient is made, such as `GuidanceMethod.freedom()`; by default [`GuidanceMethod`]'s.
+            classifier_free_scale: s of classifier-free guidance, for a class-conditional UNet trained with dropped
+                classes; 1 is off. With a classifier, both guide.
+            weak_unet: a worse version of the UNet, to guide away from by `autoguidance_scale`.
+            autoguidance_scale: s of autoguidance; 1 is off.
+            corrector_steps: Langevin steps at each level after the scheduler's, towards the density composed there
+                ([`Corrector`]): what makes a product of several labels or guides exact.
+            corrector_accept: accept or refuse each of them by Metropolis & Hastings.
             num_particles: K, of each image: sequential Monte Carlo, exact as K grows even where the gradient is wrong
                 (Wu et al. 2023, [`Particles`]), for K times the calls. `effective_sample_size` of the output says how
                 far guidance alone is from p(x) p(y | x)^w. `latents` is to have K of each image, in a row, and
@@ -160,6 +176,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         check_generator(generator, count)
         method = check_method(method, guide, self.classifier)
         check_recurrence(method.recurrence, self.scheduler, num_particles)
+        check_corrector_steps(corrector_steps, corrector_accept, self.scheduler, num_particles)
         check_num_particles(num_particles, self.scheduler, eta, labels is not None or guide is not None)
         particle_generator = repeat_generators(generator, num_particles)
         latents = self._initial_noise(count * num_particles, particle_generator, latents)
@@ -168,15 +185,31 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         self._num_timesteps, self._interrupt = len(steps), False
         progress = torch.linspace(0, 1, len(steps), dtype=torch.float64).tolist()
         scales = [scale_at(point, self._guidance_scale, count) for point in progress]
-        guided = [start <= point <= end for point in progress]
-        scales = [scale if inside else 0.0 for inside, scale in zip(guided, scales)]
+        active = [start <= point <= end for point in progress]
+        scales = [scale if on else 0.0 for on, scale in zip(active, scales)]
         latents = latents * self.scheduler.init_noise_sigma
 
+        references = make_references(
+            self.unet, self.num_classes, classifier_free_scale, weak_unet, autoguidance_scale, active
+        )
         at_x0 = GuidanceAtX0(method, self.scheduler, steps, particle_generator)
         sampling = GuidedSampling(
-            self.unet, self.classifier, self.scheduler, labels, scales, shifts_mean, options, at_x0, guide, guided
+            self.unet,
+            self.classifier,
+            self.scheduler,
+            labels,
+            scales,
+            shifts_mean,
+            options,
+            at_x0,
+            guide,
+            active,
+            references,
         )
         recur = Recurrence(sampling, steps, method.recurrence, generator) if method.recurrence > 1 else None
+        correct = None
+        if corrector_steps:
+            correct = Corrector(sampling, steps, corrector_steps, corrector_accept, generator)
         particles = Particles(sampling, count, num_particles, generator) if num_particles > 1 else None
 
         for i, t in enumerate(self.progress_bar(steps)):
@@ -189,6 +222,8 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
                 xt, evaluation = particles.weigh(xt, evaluation, i)
                 step, output = particles.propose(evaluation, xt, t, i)
             latents = step.prev_sample
+            if correct is not None and i + 1 < len(steps):
+                latents = correct(latents, i + 1)
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "model_input": xt}
                 if "pred_original_sample" in callback_on_step_end_tensor_inputs:
@@ -244,7 +279,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         if conditional and labels.is_floating_point():
             raise ValueError(
                 "`class_labels` must be classes, one per image, for a class-conditional UNet, whose embeddings do not "
-                f"mix, got probabilities of shape {tuple(labels.shape)}; give indices or names."
+                f"mix, got {class_labels!r}; give indices or names."
             )
         return labels.to(self._execution_device)
 

@@ -15,6 +15,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .draws import repeat_generators, uniform_per_image
 from .guided_sampling import Evaluation, GuidedSampling
 from .steps import parameters_of
 
@@ -81,11 +82,19 @@ class Particles:
         size = effective_sample_size(self.log_weights)
         self.effective_sample_sizes.append(size)
         if index == self.num_steps - 1:
-            chosen = systematic(self.log_weights.exp(), self._uniform(), 1)
+            chosen = systematic(self.log_weights.exp(), uniform_per_image(self.generator, len(size)).to(size.device), 1)
         elif (size < RESAMPLE_BELOW * self.num_particles).any():
             stay = torch.arange(self.num_particles, device=size.device).expand_as(self.log_weights)
             few = (size < RESAMPLE_BELOW * self.num_particles)[:, None]
-            chosen = torch.where(few, systematic(self.log_weights.exp(), self._uniform(), self.num_particles), stay)
+            chosen = torch.where(
+                few,
+                systematic(
+                    self.log_weights.exp(),
+                    uniform_per_image(self.generator, len(size)).to(size.device),
+                    self.num_particles,
+                ),
+                stay,
+            )
             self.log_weights = self.log_weights.masked_fill(few, 0.0)
         else:
             return xt, evaluation
@@ -113,21 +122,6 @@ class Particles:
         log_ratio = -(shift.square() / 2 + shift * noise.double().flatten(1)).sum(dim=1)  # log p/q at the particle
         self.step_log_ratio = log_ratio - log_prob.double()
         return step(gradient, noise)
-
-    def _uniform(self) -> Tensor:
-        """One number in [0, 1) for each image, by its own generator, (B,), float64."""
-        count, device = len(self.log_weights), self.log_weights.device
-        own = self.generator if isinstance(self.generator, list | tuple) else [self.generator]
-        draws = [
-            torch.rand(count // len(own), generator=g, device=None if g is None else g.device, dtype=torch.float64)
-            for g in own
-        ]
-        return torch.cat(draws).to(device)
-
-
-def repeat_generators(generator: Any, times: int) -> Any:
-    """Generators of the images' particles, each its image's own; one for all stays one."""
-    return [own for own in generator for _ in range(times)] if isinstance(generator, list | tuple) else generator
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
