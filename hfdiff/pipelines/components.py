@@ -56,7 +56,7 @@ def check_components(unet: Any, classifier: Any, scheduler: Any, id2label: dict[
     if is_of(classifier, "transformers"):
         raise ValueError(
             f"`classifier` must map noisy images and a timestep, (x_t, t), to logits, got {type(classifier).__name__}, "
-            "which takes clean images alone; use an hfdiff.NoisyClassifier, or a torch.nn.Module of (x_t, t)."
+            "which takes clean images alone; wrap it: hfdiff.CleanClassifier(model), or use an hfdiff.NoisyClassifier."
         )
     if unet is None or scheduler is None:
         return
@@ -67,6 +67,11 @@ def check_components(unet: Any, classifier: Any, scheduler: Any, id2label: dict[
                 f"`classifier` must have the UNet's {name}, {ours}, got {theirs}; use a classifier trained on the same "
                 "images."
             )
+    channels, theirs = config_of(unet, "in_channels"), getattr(classifier, "num_channels", None)
+    if None not in (channels, theirs) and channels not in (1, theirs):
+        raise ValueError(
+            f"`classifier` must take the UNet's {channels} channels, got a classifier of {theirs}; use one of colours."
+        )
     classes = config_of(classifier, "num_classes")
     if None not in (classes, embeddings) and classes not in (embeddings, embeddings - 1):  # one may stand for no class
         raise ValueError(

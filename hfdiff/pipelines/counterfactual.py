@@ -213,6 +213,10 @@ def check_search(classifier: Any, scheduler: Any, labels: Tensor, confidence: An
     """
     if classifier is None:
         raise ValueError("`counterfactual` needs a classifier, which is to accept the change, got none; open with one.")
+    if getattr(classifier, "reads_x0", False) or type(classifier).__name__ == "ClassifierSet":
+        raise ValueError(
+            f"`counterfactual` needs one classifier of noisy images, got a {type(classifier).__name__}; open with one."
+        )
     kind, name = config_of(scheduler, "prediction_type"), type(scheduler).__name__
     in_xt = hasattr(scheduler, "alphas_cumprod") and getattr(scheduler, "scales_input", True)
     if not in_xt or kind not in SCORE_PREDICTIONS:

@@ -4,6 +4,7 @@ The mean shift (algorithm 1) moves a Gaussian step's mean by Σ g. The score shi
 noise by -√(1-ᾱ) g, since ∇ log p(x_t | y) = ∇ log p(x_t) + ∇ log p(y | x_t) and ε = -√(1-ᾱ) ∇ log p(x_t).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,21 @@ from torch import Tensor, nn
 from .composition import composed_log_likelihood
 
 
-def log_likelihood(logits: Tensor, class_labels: Tensor) -> Tensor:
+def log_likelihood(logits: Tensor, class_labels: Tensor, temperatures: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """log p(y | x) of each row of logits (B, K), in float32 at least.
 
     `class_labels` is (B,) of class indices; (B, K) of class probabilities q, for which it is Σ_k q_k log p(k | x); or
     (B, J, K + 1) of [`~composition.composed_labels`].
+
+    `temperatures` (τ_1, τ_2) other than 1 put τ_1 f_k - log Σ_j exp(τ_2 f_j) of the logits f in place of log p(k | x),
+    the joint energy and the marginal (Ma et al., "Elucidating the Design Space of Classifier-Guided Diffusion
+    Generation", 2023, section 4.3).
     """
-    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_probs = logits.log_softmax(dim=-1)
+    if temperatures != (1.0, 1.0):
+        joint, marginal = temperatures
+        log_probs = joint * logits - (marginal * logits).logsumexp(dim=-1, keepdim=True)
     if class_labels.ndim == 3:
         return composed_log_likelihood(log_probs, class_labels)
     if class_labels.is_floating_point():
@@ -55,17 +64,34 @@ def classifier_guidance(
     timestep: int | float | Tensor,
     class_labels: Tensor,
     guidance_scale: float | Tensor = 1.0,
+    temperatures: tuple[float, float] = (1.0, 1.0),
+    entropy_scale: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """w log p(y | x_t), (B,), and its gradient g; arguments as of [`classifier_gradient`]."""
+    """w log p(y | x_t), (B,), and its gradient g; arguments as of [`classifier_gradient`], [`log_likelihood`].
+
+    With `entropy_scale`, g is also scaled by [`inverse_entropy`].
+    """
     with torch.inference_mode(False), torch.enable_grad():
         # Tensors made in inference mode cannot be saved for the backward pass; their copies can.
         xt, class_labels = sample.detach().clone().requires_grad_(), class_labels.clone()
         timestep = timestep.clone() if isinstance(timestep, Tensor) else timestep
         output = classifier(xt.to(_dtype(classifier, xt)), timestep)
         logits = output if isinstance(output, Tensor) else output.logits
-        log_prob = log_likelihood(logits, class_labels)
+        log_prob = log_likelihood(logits, class_labels, temperatures)
         (gradient,) = torch.autograd.grad(log_prob.sum(), xt)
+    if entropy_scale:
+        gradient = per_image(inverse_entropy(logits.detach()), gradient) * gradient
     return guidance_scale * log_prob.detach(), per_image(guidance_scale, gradient) * gradient
+
+
+def inverse_entropy(logits: Tensor) -> Tensor:
+    """log K / H(p) of each row of logits (B, K), at least 1: the scale that restores a gradient which vanishes early.
+
+    Zheng et al., "Entropy-driven Sampling and Training Scheme for Conditional Diffusion Generation", ECCV 2022, eq. 7.
+    """
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+    return math.log(logits.shape[-1]) / entropy.clamp(min=torch.finfo(entropy.dtype).eps)
 
 
 def per_image(scale: float | Tensor, images: Tensor) -> float | Tensor:

@@ -4,7 +4,7 @@ Every way of guiding is a part of `evaluate`, which gives the model output and t
 a part of `reverse`, which makes x_{t-1} of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 from .classifier_free import Reference, extrapolate
 from .components import config_of, floats_of
 from .gaussian import clip_x0_, convert, from_x0, to_x0
-from .guidance import classifier_guidance, shift_epsilon
+from .guidance import classifier_guidance, log_likelihood, shift_epsilon
+from .outputs import draws_from_zero
 from .steps import alpha_bar_at, unclipped
+from .training_free import GuidanceAtX0, check_log_prob
 
 VARIANCE_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler")  # those that read a learned variance
 
@@ -38,12 +40,15 @@ class GuidedSampling:
 
     Args:
         unet: predicts from (x_t, t), and the labels where it has class embeddings.
-        classifier: of (x_t, t); None where there is none.
+        classifier: of (x_t, t), or of x_0 where it `reads_x0`; None where there is none.
         scheduler: whose timesteps are set.
         labels: of the images; None draws them unguided.
         scales: w of each step: one for all images, or (B,); a float 0 is off.
         shifts_mean: whether the scheduler's `step` follows the guidance by itself.
         options: what else `step` is given.
+        at_x0: how guides of the predicted x_0 guide, and the method's other options.
+        guide: (x_t, t, x_0) to log f, (B,); None where there is none.
+        guided: of each step, whether it follows the guide.
         references: predictions to guide away from.
     """
 
@@ -56,11 +61,15 @@ class GuidedSampling:
         scales: Sequence[float | Tensor],
         shifts_mean: bool,
         options: dict[str, Any],
+        at_x0: GuidanceAtX0,
+        guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+        guided: Sequence[bool],
         references: Sequence[Reference] = (),
     ) -> None:
         self.unet, self.classifier, self.scheduler = unet, classifier, scheduler
         self.labels, self.scales = labels, scales
         self.shifts_mean, self.options, self.references = shifts_mean, options, references
+        self.at_x0, self.guide, self.guided = at_x0, guide, guided
 
     def evaluate(self, xt: Tensor, timestep: Tensor, index: int) -> Evaluation:
         """The model output at x_t, and the guidance where the step is guided.
@@ -70,11 +79,67 @@ class GuidedSampling:
             timestep: t.
             index: of the step.
         """
-        output, scale = self.predict(xt, timestep, index), self.scales[index]
-        if self.labels is None or (isinstance(scale, float) and scale == 0):
-            return Evaluation(output)
-        log_prob, gradient = classifier_guidance(self.classifier, xt, timestep, self.labels, scale)
-        return Evaluation(output, gradient, log_prob)
+        noisy, at_x0 = self.noisy_labels(index), self.guides_at_x0(index)
+        evaluation = (
+            self._evaluate_at_x0(xt, timestep, index) if at_x0 else Evaluation(self.predict(xt, timestep, index))
+        )
+        if noisy is None:
+            return evaluation
+        method, scale = self.at_x0.method, self.scales[index]
+        log_prob, gradient = classifier_guidance(
+            self.classifier, xt, timestep, noisy, scale, method.temperatures, method.entropy_scale
+        )
+        if evaluation.gradient is not None and evaluation.log_prob is not None:
+            log_prob, gradient = evaluation.log_prob + log_prob, evaluation.gradient + gradient
+        return Evaluation(evaluation.output, gradient, log_prob)
+
+    def labels_at(self, index: int) -> Tensor | None:
+        """The labels that the classifier guides a step to; None where it does not."""
+        scale = self.scales[index]
+        return None if isinstance(scale, float) and scale == 0 else self.labels
+
+    def noisy_labels(self, index: int) -> Tensor | None:
+        """Those of a classifier of noisy images."""
+        return None if reads_clean(self.classifier) else self.labels_at(index)
+
+    def clean_labels(self, index: int) -> Tensor | None:
+        """Those of a classifier of clean ones."""
+        return self.labels_at(index) if reads_clean(self.classifier) else None
+
+    def guides_at_x0(self, index: int) -> bool:
+        """Whether a step is guided at the predicted x_0."""
+        return self.clean_labels(index) is not None or (self.guide is not None and self.guided[index])
+
+    def is_guided(self, index: int) -> bool:
+        """Whether anything guides a step."""
+        return self.labels_at(index) is not None or self.guides_at_x0(index)
+
+    def _evaluate_at_x0(self, xt: Tensor, timestep: Tensor, index: int) -> Evaluation:
+        """What is guided by log f(x_0): the classifier of clean images, w log p(y | x_0), and the caller's guide."""
+        labels, guide = self.clean_labels(index), self.guide if self.guided[index] else None
+
+        def predict(xt: Tensor) -> tuple[Tensor, Tensor]:
+            output = self.predict(xt, timestep, index)
+            return output, clip_x0_(self.to_x0(output, xt, timestep, index), self.scheduler.config)
+
+        def log_prob(xt: Tensor, x0: Tensor) -> Tensor:
+            total = torch.zeros((), device=x0.device)
+            if labels is not None:
+                images = (2 * x0 - 1 if draws_from_zero(self.unet) else x0).to(floats_of(self.classifier).dtype)
+                logits = self.classifier(images).logits
+                total = self.scales[index] * log_likelihood(logits, labels, self.at_x0.method.temperatures)
+            if guide is not None:
+                total = total + check_log_prob(guide(xt, timestep, x0), xt, index, timestep)
+            return total
+
+        alpha_bar = alpha_bar_at(self.scheduler, index, timestep)
+        output, gradient, value = self.at_x0(predict, log_prob, xt, alpha_bar, index)
+        return Evaluation(output, gradient, value)
+
+    def to_x0(self, output: Tensor, xt: Tensor, timestep: Tensor, index: int) -> Tensor:
+        """The x_0 that a model output stands for, not clipped."""
+        output, kind = output[:, : xt.shape[1]], self.scheduler.config.prediction_type
+        return to_x0(output, xt, alpha_bar_at(self.scheduler, index, timestep), kind)
 
     def predict(self, xt: Tensor, timestep: Tensor, index: int) -> Tensor:
         """The model output in the dtype of x_t, without a learned variance that the scheduler would not read."""
@@ -143,7 +208,9 @@ class GuidedSampling:
     def predicted_x0(self, step: Any, output: Tensor, xt: Tensor, timestep: Tensor, index: int) -> Tensor:
         """The x_0 that a step aimed at, which the steps of some schedulers do not tell."""
         x0 = getattr(step, "pred_original_sample", None)
-        if x0 is not None:
-            return x0
-        output, kind = output[:, : xt.shape[1]], self.scheduler.config.prediction_type
-        return to_x0(output, xt, alpha_bar_at(self.scheduler, index, timestep), kind)
+        return self.to_x0(output, xt, timestep, index) if x0 is None else x0
+
+
+def reads_clean(classifier: Any) -> bool:
+    """Whether a classifier is one of clean images, asked at the predicted x_0."""
+    return getattr(classifier, "reads_x0", False)

@@ -85,6 +85,11 @@ class HubMixin(Base):
             original = getattr(module, "_orig_mod", module)  # what `torch.compile` wraps
             if not isinstance(original, nn.Module):
                 continue
+            unsaved = getattr(original, "unsaved", None)  # what a component says of itself
+            if unsaved:
+                raise ValueError(
+                    f"`{name}` cannot be saved, got {unsaved}; make it a diffusers.ModelMixin with a config."
+                )
             adapters = getattr(original, "_hf_peft_config_loaded", False) or is_of(original, "peft")
             if adapters or not (is_of(original, "diffusers") or is_of(original, "transformers")):
                 remedy = "merge its adapters first" if adapters else "make it a diffusers.ModelMixin with a config"

@@ -50,11 +50,14 @@ from .outputs import (
     draws_from_zero,
     format_images,
 )
+from .recurrence import Recurrence, check_recurrence
 from .several_classifiers import joint_labels, joint_scales, members_of
 from .steps import scheduler_guides, set_timesteps, step_options
+from .training_free import GuidanceAtX0, GuidanceMethod, check_method
 from .twisted import Particles, check_num_particles
 
 Scale = float | Tensor
+Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
@@ -68,8 +71,9 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     Args:
         unet: predicts from (x_t, t), (B, C, H, W); a UNet with class embeddings is given the labels too, as the
             paper's class-conditional models are.
-        classifier: [`NoisyClassifier`], or any module that maps (x_t, t) to logits (B, K), or several by name, as
-            {"kind": …, "style": …}; None draws unguided, by class where the UNet has class embeddings.
+        classifier: [`NoisyClassifier`], any module that maps (x_t, t) to logits (B, K), or several by name, as
+            {"kind": …, "style": …}; or a [`CleanClassifier`], which is asked at the predicted x_0. None draws
+            unguided, by class where the UNet has class embeddings.
         scheduler: any diffusers scheduler with the noise levels both were trained on; swap it by `from_config`.
         default_guidance_scale: w where a call gives none; by default the classifier's own, its config's
             `guidance_scale`, or 1.
@@ -122,6 +126,8 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         timesteps: Sequence[int] | None = None,
         respacing: str | None = None,
         batch_size: int = 1,
+        guide: Guide | None = None,
+        method: GuidanceMethod | None = None,
         classifier_free_scale: float = 1.0,
         weak_unet: ModelMixin | None = None,
         autoguidance_scale: float = 1.0,
@@ -159,6 +165,10 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             timesteps: the steps themselves, descending, in place of their number, where the scheduler takes them.
             respacing: OpenAI's "250", "10,15,20" or "ddim25", in place of their number, for hfdiff's DDPMScheduler.
             batch_size: how many images, where there are no labels to count.
+            guide: any `f(x_t, t, x_0)` that gives log f of each image, (B,), by torch, of x_t as the models see it, the
+                timestep and the predicted x_0; beside the classifier or without. Its strength is its own: the scale is
+                the classifier's, the interval is for both.
+            method: how the gradient is made, such as `GuidanceMethod.freedom()`; by default [`GuidanceMethod`]'s.
             classifier_free_scale: s of classifier-free guidance, for a class-conditional UNet trained with dropped
                 classes; 1 is off. With a classifier, both guide.
             weak_unet: a worse version of the UNet, to guide away from by `autoguidance_scale`.
@@ -190,13 +200,16 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
         check_components(self.unet, self.classifier, self.scheduler, self.id2label)
-        shifts_mean = scheduler_guides(self.scheduler, guidance_mode) if self.classifier is not None else False
+        guides = self.classifier is not None or guide is not None
+        shifts_mean = scheduler_guides(self.scheduler, guidance_mode) if guides else False
         labels = self._labels(class_labels, guidance_scale)
         count = check_batch_size(batch_size, labels)
         self._guidance_scale = self._choose_scale(guidance_scale, labels)
         check_generator(generator, count)
+        method = check_method(method, guide, self.classifier)
+        check_recurrence(method.recurrence, self.scheduler, num_particles)
         check_corrector_steps(corrector_steps, corrector_accept, self.scheduler, num_particles, mask_image is not None)
-        is_weighed = labels is not None or mask_image is not None
+        is_weighed = labels is not None or guide is not None or mask_image is not None
         check_num_particles(num_particles, self.scheduler, eta, is_weighed)
         particle_generator = repeat_generators(generator, num_particles)
         edit = self._edit(count, image, strength, mask_image, num_resamples, jump_length, num_particles)
@@ -219,9 +232,21 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             latents, path = edit.begin(self.scheduler, latents, generator, again)
         self._num_timesteps, self._interrupt = len(path), False
 
+        at_x0 = GuidanceAtX0(method, self.scheduler, steps, particle_generator)
         sampling = GuidedSampling(
-            self.unet, self.classifier, self.scheduler, labels, scales, shifts_mean, options, references
+            self.unet,
+            self.classifier,
+            self.scheduler,
+            labels,
+            scales,
+            shifts_mean,
+            options,
+            at_x0,
+            guide,
+            active,
+            references,
         )
+        recur = Recurrence(sampling, steps, method.recurrence, generator) if method.recurrence > 1 else None
         correct = None
         if corrector_steps:
             correct = Corrector(sampling, steps, corrector_steps, corrector_accept, generator)
@@ -230,6 +255,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         for call, i in enumerate(self.progress_bar(path)):
             t = steps[i]
             latents = latents if edit is None else edit.enter(latents, i)
+            latents = latents if recur is None else recur(latents, i)
             xt = self.scheduler.scale_model_input(latents, t)
             evaluation = sampling.evaluate(xt, t, i)
             if particles is None:
@@ -306,7 +332,11 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
 
         def make_sampling(labels: Tensor, scale: float) -> GuidedSampling:
             scales = [scale] * num_inference_steps
-            return GuidedSampling(self.unet, self.classifier, self.scheduler, labels, scales, False, {})
+            at_x0 = GuidanceAtX0(GuidanceMethod(), self.scheduler, self.scheduler.timesteps, None)
+            every = [True] * num_inference_steps
+            return GuidedSampling(
+                self.unet, self.classifier, self.scheduler, labels, scales, False, {}, at_x0, None, every
+            )
 
         nearest, original = search(
             inversion, make_sampling, self.classifier, labels, strengths, scales, confidence, return_intermediates

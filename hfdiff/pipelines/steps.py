@@ -96,6 +96,21 @@ def alpha_bar_at(scheduler: Any, index: int, timestep: Tensor) -> float:
     return float(scheduler.scale_model_input(torch.ones(()), timestep)) ** 2  # between two levels of `sigmas`
 
 
+def alpha_bars(scheduler: Any, timesteps: Tensor) -> list[float]:
+    """ᾱ of each step, and 1, that of the image after the last."""
+    return [*(alpha_bar_at(scheduler, index, timestep) for index, timestep in enumerate(timesteps)), 1.0]
+
+
+@contextmanager
+def kept_state(scheduler: Any) -> Iterator[None]:
+    """Lets a scheduler forget the steps inside, so that it can take them again."""
+    state = {name: list(value) if isinstance(value, list) else value for name, value in vars(scheduler).items()}
+    try:
+        yield
+    finally:
+        vars(scheduler).update(state)
+
+
 def scheduler_guides(scheduler: Any, guidance_mode: str) -> bool:
     """Whether a scheduler's `step` follows a guidance mode by itself; if not, its score is to be shifted.
 

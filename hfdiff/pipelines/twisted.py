@@ -45,8 +45,8 @@ def check_num_particles(num_particles: Any, scheduler: Any, eta: float, is_weigh
         )
     if not is_weighed:
         raise ValueError(
-            f"`num_particles` needs `class_labels` or a `mask_image` to weigh particles by, got {num_particles} with "
-            "neither; give one."
+            "`num_particles` needs `class_labels`, a `guide` or a `mask_image` to weigh particles by, got "
+            f"{num_particles} with none; give one."
         )
 
 
