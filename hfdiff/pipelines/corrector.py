@@ -5,10 +5,10 @@ density, and steps of Langevin dynamics at that level draw from it (Song et al. 
 
     x' = x + α s(x) + √(2α) z,    s = -ε̂/√(1-ᾱ) + g,    α = r (1-ᾱ)
 
-with r as technique 4 of Song & Ermon (2020) solves it for one step at each of the levels sampled. A step may be accepted
-by Metropolis & Hastings: log π(x')/π(x) is the score's integral along the line between them (Sjöberg et al.,
-"MCMC-Correction of Score-Based Diffusion Models for Model Composition", 2023), here by the trapezoidal rule, so no energy
-is needed.
+with r as technique 4 of Song & Ermon (2020) solves it for one step at each of the levels sampled. A step may be
+accepted by Metropolis & Hastings: log π(x')/π(x) is the score's integral along the line between them (Sjöberg et al.,
+"MCMC-Correction of Score-Based Diffusion Models for Model Composition", 2023), here by the trapezoidal rule, so no
+energy is needed.
 """
 
 from typing import Any
