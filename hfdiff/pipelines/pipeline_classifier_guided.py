@@ -97,7 +97,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         classifier: nn.Module | dict[str, nn.Module] | None,
         scheduler: SchedulerMixin,
         default_guidance_scale: float | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int | str, str] | None = None,  # JSON's keys are strings
     ) -> None:
         super().__init__()
         classifier = join_classifiers(classifier)
