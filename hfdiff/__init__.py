@@ -6,6 +6,7 @@ from .lazy import announce, lazy_names
 
 if TYPE_CHECKING:
     from .models.adm_unet import ADMUNet
+    from .models.classifier_set import ClassifierSet
     from .models.clean_classifier import CleanClassifier
     from .models.ncsn import NCSNModel
     from .models.ncsnv2 import NCSNv2Model
@@ -23,6 +24,7 @@ __all__ = [
     "AnnealedLangevinScheduler",
     "Both",
     "ClassifierGuidedPipeline",
+    "ClassifierSet",
     "CleanClassifier",
     "DDIMScheduler",
     "DDPMScheduler",
@@ -37,6 +39,7 @@ __all__ = [
 
 _HOMES = {
     ".models.adm_unet": "ADMUNet",
+    ".models.classifier_set": "ClassifierSet",
     ".models.clean_classifier": "CleanClassifier",
     ".models.ncsn": "NCSNModel",
     ".models.ncsnv2": "NCSNv2Model",

@@ -13,10 +13,11 @@ BELOW = ("lazy",)  # files of the package itself that every room may use
 PORTABLE = {
     "schedulers": (),
     "models": ("schedulers.gaussian", "schedulers.noise"),
-    "pipelines": ("schedulers.gaussian",),
+    "pipelines": ("schedulers.gaussian", "schedulers.noise"),
 }
-# `push_to_hub` is a method of every pipeline of diffusers; with hfdiff installed, it publishes as hfdiff does.
-UPWARDS = [("pipelines.hub_mixin", "hub")]
+# `push_to_hub` is a method of every pipeline of diffusers; with hfdiff installed, it publishes as hfdiff does. A
+# dictionary of classifiers becomes one component where hfdiff is installed.
+UPWARDS = [("pipelines.hub_mixin", "hub"), ("pipelines.components", "models.classifier_set")]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

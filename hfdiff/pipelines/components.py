@@ -1,5 +1,7 @@
 """What the parts of a guided pipeline say of themselves, and whether they belong together."""
 
+from collections.abc import Mapping
+from importlib import import_module
 from itertools import chain
 from typing import Any
 
@@ -26,6 +28,13 @@ def is_of(component: Any, package: str) -> bool:
     return any(kind.__module__.partition(".")[0] == package for kind in type(component).__mro__)
 
 
+def join_classifiers(classifier: Any) -> Any:
+    """A dictionary of classifiers as one component; any other classifier as it is."""
+    if not isinstance(classifier, Mapping):
+        return classifier
+    return import_module("hfdiff.models.classifier_set").ClassifierSet.join(classifier)
+
+
 def check_components(unet: Any, classifier: Any, scheduler: Any, id2label: dict[int, str]) -> None:
     """Refuses a classifier made for other images, classes or noise than the UNet and the scheduler.
 
@@ -39,6 +48,15 @@ def check_components(unet: Any, classifier: Any, scheduler: Any, id2label: dict[
             "on the same classes."
         )
     if classifier is None:
+        return
+    if type(classifier).__name__ == "ClassifierSet":
+        for name, member in classifier.members.items():
+            if getattr(member, "reads_x0", False):
+                raise ValueError(
+                    f"`classifier` must know noisy images where there are several, got a {type(member).__name__} as "
+                    f"{name!r}; let it guide by `guide=`."
+                )
+            check_components(unet, member, scheduler, {})
         return
     if is_of(classifier, "transformers"):
         raise ValueError(

@@ -4,7 +4,7 @@ Each raises a ValueError that names the argument, what was expected, what came a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -152,14 +152,32 @@ def label_tensor(class_labels: Labels, num_classes: int | None, id2label: dict[i
     """
     if hasattr(class_labels, "__array__") and not isinstance(class_labels, Tensor):
         class_labels = torch.as_tensor(class_labels)
+    if isinstance(class_labels, Tensor) and class_labels.is_floating_point():
+        return _probabilities(class_labels, num_classes)
+    labels, index_of = labels_of(class_labels), label_index_in(num_classes, id2label)
+    if not any(isinstance(label, Composition) for label in labels):
+        return torch.tensor([index_of(label) for label in labels])
+    if num_classes is None:
+        raise ValueError(
+            f"`class_labels` can be composed where the number of classes is known, got {labels}; give the classifier a "
+            "config with `num_classes`."
+        )
+    return composed_labels(labels, num_classes, index_of)
+
+
+def labels_of(class_labels: Any) -> list[Any]:
+    """Labels as a list, at least one; a tensor's are indices."""
     if isinstance(class_labels, Tensor):
-        if class_labels.is_floating_point():
-            return _probabilities(class_labels, num_classes)
         class_labels = class_labels.tolist()
     if isinstance(class_labels, str) or not isinstance(class_labels, Sequence):
         class_labels = [class_labels]
     if not class_labels:
         raise ValueError("`class_labels` must name at least one class, got none; give one label per image.")
+    return list(class_labels)
+
+
+def label_index_in(num_classes: int | None, id2label: dict[int, str]) -> Callable[[Any], int]:
+    """What gives the index of a label, an index or a name, and refuses others."""
 
     def index_of(label: Any) -> int:
         index = _label_index(label, id2label)
@@ -170,14 +188,7 @@ def label_tensor(class_labels: Labels, num_classes: int | None, id2label: dict[i
             )
         return index
 
-    if not any(isinstance(label, Composition) for label in class_labels):
-        return torch.tensor([index_of(label) for label in class_labels])
-    if num_classes is None:
-        raise ValueError(
-            f"`class_labels` can be composed where the number of classes is known, got {list(class_labels)}; give the "
-            "classifier a config with `num_classes`."
-        )
-    return composed_labels(class_labels, num_classes, index_of)
+    return index_of
 
 
 def _label_index(label: Any, id2label: dict[int, str]) -> int:

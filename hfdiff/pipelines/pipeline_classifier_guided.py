@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from .classifier_free import make_references
-from .components import check_components, config_of, floats_of
+from .components import check_components, config_of, floats_of, join_classifiers
 from .corrector import Corrector, check_corrector_steps
 from .draws import repeat_generators
 from .guided_sampling import GuidedSampling
@@ -39,6 +39,7 @@ from .outputs import (
     format_images,
 )
 from .recurrence import Recurrence, check_recurrence
+from .several_classifiers import joint_labels, joint_scales, members_of
 from .steps import scheduler_guides, set_timesteps, step_options
 from .training_free import GuidanceAtX0, GuidanceMethod, check_method
 from .twisted import Particles, check_num_particles
@@ -58,8 +59,9 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     Args:
         unet: predicts from (x_t, t), (B, C, H, W); a UNet with class embeddings is given the labels too, as the
             paper's class-conditional models are.
-        classifier: [`NoisyClassifier`], any module that maps (x_t, t) to logits (B, K), or a [`CleanClassifier`], which
-            is asked at the predicted x_0; None draws unguided, by class where the UNet has class embeddings.
+        classifier: [`NoisyClassifier`], any module that maps (x_t, t) to logits (B, K), several by name, as {"kind": …,
+            "style": …}, or a [`CleanClassifier`], which is asked at the predicted x_0; None draws unguided, by class
+            where the UNet has class embeddings.
         scheduler: any diffusers scheduler with the noise levels both were trained on; swap it by `from_config`.
         default_guidance_scale: w where a call gives none; by default the classifier's own, its config's
             `guidance_scale`, or 1.
@@ -80,12 +82,13 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     def __init__(
         self,
         unet: ModelMixin,
-        classifier: nn.Module | None,
+        classifier: nn.Module | dict[str, nn.Module] | None,
         scheduler: SchedulerMixin,
         default_guidance_scale: float | None = None,
         id2label: dict[int, str] | None = None,
     ) -> None:
         super().__init__()
+        classifier = join_classifiers(classifier)
         self.register_modules(unet=unet, classifier=classifier, scheduler=scheduler)
         self.register_to_config(default_guidance_scale=default_guidance_scale, id2label=id2label)
         if default_guidance_scale is not None and isinstance(classifier, ModelMixin):
@@ -125,9 +128,10 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         Args:
             class_labels: a class index or name (of `id2label`), a sequence or (B,) tensor of them, or a (B, K) tensor
                 of class probabilities; `Both("3", "8")`, `Either(…)` and `Not(…)` stand for a label, too; None draws
-                `batch_size` images unguided.
+                `batch_size` images unguided. For several classifiers, a dictionary of such labels.
             guidance_scale: w ≥ 0: one for all, a (B,) tensor, or a function of progress (0 at the first step, 1 at the
-                last) that gives either. 0 is off: the classifier is not run. Default: `default_guidance_scale`.
+                last) that gives either. 0 is off: the classifier is not run. Default: `default_guidance_scale`. For
+                several classifiers, a dictionary of numbers, or one number for all.
             num_inference_steps: model calls (of schedulers of first order).
             generator: source of all noise; a list of one per image makes each image independent of its batch.
             guidance_interval: (start, end), the part of the progress that is guided, ends included.
@@ -275,7 +279,11 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
                 f"`class_labels` needs a classifier, or a UNet with class embeddings, got {class_labels!r} without; "
                 "open the pipeline with `classifier=`, or leave the labels out for unguided images."
             )
-        labels = label_tensor(class_labels, self.num_classes, self.id2label)
+        members = members_of(self.classifier)
+        if members:
+            labels = joint_labels(class_labels, members, joint_scales(guidance_scale, members))
+        else:
+            labels = label_tensor(class_labels, self.num_classes, self.id2label)
         if conditional and labels.is_floating_point():
             raise ValueError(
                 "`class_labels` must be classes, one per image, for a class-conditional UNet, whose embeddings do not "
@@ -287,6 +295,8 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         """w of a call: the one given, or the default one, where there is something to be guided by."""
         if labels is None or (self.classifier is None and guidance_scale is None):
             return 0.0
+        if members_of(self.classifier):
+            return 1.0  # the scales are in the labels' terms
         if self.classifier is None and guidance_scale != 0:
             raise ValueError(
                 f"`guidance_scale` needs a classifier, got {guidance_scale!r} without; open the pipeline with "

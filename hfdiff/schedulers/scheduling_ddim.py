@@ -7,6 +7,7 @@ by a fixed stride and keeps its levels in float32; this one takes any chain, res
 from typing import TYPE_CHECKING
 
 import torch
+from diffusers import SchedulerMixin  # noqa: F401, diffusers opens a class of a module that has its base's name
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
