@@ -5,9 +5,10 @@ density, and steps of Langevin dynamics at that level draw from it (Song et al. 
 
     x' = x + α s(x) + √(2α) z,    s = -ε̂/√(1-ᾱ) + g,    α = r (1-ᾱ)
 
-with r as technique 4 of Song & Ermon (2020) solves it for the levels sampled. A step may be accepted by Metropolis &
-Hastings: log π(x')/π(x) is the score's integral along the line between them (Sjöberg et al., "MCMC-Correction of
-Score-Based Diffusion Models for Model Composition", 2023), here by the trapezoidal rule, so no energy is needed.
+with r as technique 4 of Song & Ermon (2020) solves it for one step at each of the levels sampled. A step may be
+accepted by Metropolis & Hastings: log π(x')/π(x) is the score's integral along the line between them (Sjöberg et al.,
+"MCMC-Correction of Score-Based Diffusion Models for Model Composition", 2023), here by the trapezoidal rule, so no
+energy is needed.
 """
 
 from typing import Any
@@ -23,7 +24,9 @@ from .noise import solve_step_size
 from .steps import alpha_bar_at
 
 
-def check_corrector_steps(corrector_steps: Any, corrector_accept: Any, scheduler: Any, num_particles: int) -> None:
+def check_corrector_steps(
+    corrector_steps: Any, corrector_accept: Any, scheduler: Any, num_particles: int, is_masked: bool
+) -> None:
     """Refuses a number below 0, and what has no one density at each level.
 
     Raises:
@@ -41,11 +44,9 @@ def check_corrector_steps(corrector_steps: Any, corrector_accept: Any, scheduler
             f"`corrector_steps` must be 0 for a {name}, got {corrector_steps}; use a scheduler with one model call a "
             "step that does no Langevin steps itself."
         )
-    if num_particles > 1:
-        raise ValueError(
-            f"`corrector_steps` must be 0 with `num_particles` above 1, got {corrector_steps} with {num_particles}; "
-            "choose one of them."
-        )
+    if num_particles > 1 or is_masked:
+        other = "`num_particles` above 1" if num_particles > 1 else "a `mask_image`"
+        raise ValueError(f"`corrector_steps` must be 0 with {other}, got {corrector_steps}; choose one of them.")
 
 
 class Corrector:
@@ -67,7 +68,7 @@ class Corrector:
         levels = [alpha_bar_at(sampling.scheduler, index, t) for index, t in enumerate(timesteps)]
         self.alpha_bars = torch.tensor(levels, dtype=torch.float64)
         sigmas = ((1 - self.alpha_bars) / self.alpha_bars) ** 0.5
-        self.ratio = solve_step_size(sigmas, num_steps) / float(sigmas.min()) ** 2
+        self.ratio = solve_step_size(sigmas, 1) / float(sigmas.min()) ** 2
 
     def __call__(self, latents: Tensor, index: int) -> Tensor:
         """The samples after the steps at the level that step `index` starts from."""

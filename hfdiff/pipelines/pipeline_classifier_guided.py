@@ -5,6 +5,7 @@ image; *progress* runs the same way, from 0 at the first step to 1 at the last.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,17 @@ from torch import Tensor, nn
 from .classifier_free import make_references
 from .components import check_components, config_of, floats_of, join_classifiers
 from .corrector import Corrector, check_corrector_steps
+from .counterfactual import (
+    MULTIPLES,
+    STRENGTHS,
+    CounterfactualOutput,
+    Inversion,
+    check_search,
+    check_values,
+    search,
+)
 from .draws import repeat_generators
+from .editing import Editing, Pictures, check_edit, read_known, read_pixels
 from .guided_sampling import GuidedSampling
 from .hub_mixin import HubMixin
 from .inputs import (
@@ -25,6 +36,7 @@ from .inputs import (
     check_generator,
     check_guidance_interval,
     check_latents,
+    check_num_inference_steps,
     label_tensor,
     scale_at,
 )
@@ -59,9 +71,9 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     Args:
         unet: predicts from (x_t, t), (B, C, H, W); a UNet with class embeddings is given the labels too, as the
             paper's class-conditional models are.
-        classifier: [`NoisyClassifier`], any module that maps (x_t, t) to logits (B, K), several by name, as {"kind": …,
-            "style": …}, or a [`CleanClassifier`], which is asked at the predicted x_0; None draws unguided, by class
-            where the UNet has class embeddings.
+        classifier: [`NoisyClassifier`], any module that maps (x_t, t) to logits (B, K), or several by name, as
+            {"kind": …, "style": …}; or a [`CleanClassifier`], which is asked at the predicted x_0. None draws
+            unguided, by class where the UNet has class embeddings.
         scheduler: any diffusers scheduler with the noise levels both were trained on; swap it by `from_config`.
         default_guidance_scale: w where a call gives none; by default the classifier's own, its config's
             `guidance_scale`, or 1.
@@ -122,6 +134,11 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         corrector_steps: int = 0,
         corrector_accept: bool = False,
         num_particles: int = 1,
+        image: Pictures | None = None,
+        strength: float | None = None,
+        mask_image: Pictures | None = None,
+        num_resamples: int = 1,
+        jump_length: int = 10,
     ) -> GuidedOutput | tuple[Any]:
         """Draws one image per class label, or unguided images where there are no labels.
 
@@ -163,6 +180,17 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
                 (Wu et al. 2023, [`Particles`]), for K times the calls. `effective_sample_size` of the output says how
                 far guidance alone is from p(x) p(y | x)^w. `latents` is to have K of each image, in a row, and
                 callbacks see as many until the last step.
+            image: a picture to begin with (SDEdit), one for all or one each: PIL, (B, H, W, C) or (B, C, H, W) in
+                [0, 1]. With `latents`, these are the noise on it.
+            strength: how much of the sampling is made from the noised picture on, in (0, 1]: less stays nearer to it.
+                Progress begins at 1 - strength, so that a noise level is guided alike however it is reached. Default:
+                0.8, or 1 with a mask, which begins with noise alone.
+            mask_image: of the same kinds, one channel; where it is over 0.5, the image is drawn anew, elsewhere it is
+                kept (inpainting). Known pixels are replaced at each step, which is biased; with `num_particles` > 1
+                and many small steps it is exact for the unknown ones given the known ones, and the labels if any.
+            num_resamples: RePaint's r ≥ 1: every `jump_length` steps are made r times, in r times the calls, so that
+                what is drawn fits what is known. It lessens the bias, for any scheduler and number of pixels.
+            jump_length: RePaint's j ≥ 1.
 
         Raises:
             ValueError: for an argument out of its range, before any model runs; for images that are not finite.
@@ -180,22 +208,30 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         check_generator(generator, count)
         method = check_method(method, guide, self.classifier)
         check_recurrence(method.recurrence, self.scheduler, num_particles)
-        check_corrector_steps(corrector_steps, corrector_accept, self.scheduler, num_particles)
-        check_num_particles(num_particles, self.scheduler, eta, labels is not None or guide is not None)
+        check_corrector_steps(corrector_steps, corrector_accept, self.scheduler, num_particles, mask_image is not None)
+        is_weighed = labels is not None or guide is not None or mask_image is not None
+        check_num_particles(num_particles, self.scheduler, eta, is_weighed)
         particle_generator = repeat_generators(generator, num_particles)
+        edit = self._edit(count, image, strength, mask_image, num_resamples, jump_length, num_particles)
         latents = self._initial_noise(count * num_particles, particle_generator, latents)
         options = step_options(self.scheduler, generator, eta)
-        steps = set_timesteps(self.scheduler, self._execution_device, num_inference_steps, timesteps, respacing)
-        self._num_timesteps, self._interrupt = len(steps), False
+        choice = (self._execution_device, num_inference_steps, timesteps, respacing)
+        steps = set_timesteps(self.scheduler, *choice)
         progress = torch.linspace(0, 1, len(steps), dtype=torch.float64).tolist()
         scales = [scale_at(point, self._guidance_scale, count) for point in progress]
         active = [start <= point <= end for point in progress]
         scales = [scale if on else 0.0 for on, scale in zip(active, scales)]
-        latents = latents * self.scheduler.init_noise_sigma
-
         references = make_references(
             self.unet, self.num_classes, classifier_free_scale, weak_unet, autoguidance_scale, active
         )
+        path: Sequence[int] = range(len(steps))
+        if edit is None:
+            latents = latents * self.scheduler.init_noise_sigma
+        else:
+            again = partial(set_timesteps, self.scheduler, *choice)
+            latents, path = edit.begin(self.scheduler, latents, generator, again)
+        self._num_timesteps, self._interrupt = len(path), False
+
         at_x0 = GuidanceAtX0(method, self.scheduler, steps, particle_generator)
         sampling = GuidedSampling(
             self.unet,
@@ -214,9 +250,11 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         correct = None
         if corrector_steps:
             correct = Corrector(sampling, steps, corrector_steps, corrector_accept, generator)
-        particles = Particles(sampling, count, num_particles, generator) if num_particles > 1 else None
+        particles = Particles(sampling, count, num_particles, generator, edit) if num_particles > 1 else None
 
-        for i, t in enumerate(self.progress_bar(steps)):
+        for call, i in enumerate(self.progress_bar(path)):
+            t = steps[i]
+            latents = latents if edit is None else edit.enter(latents, i)
             latents = latents if recur is None else recur(latents, i)
             xt = self.scheduler.scale_model_input(latents, t)
             evaluation = sampling.evaluate(xt, t, i)
@@ -233,18 +271,89 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
                 if "pred_original_sample" in callback_on_step_end_tensor_inputs:
                     tensors["pred_original_sample"] = sampling.predicted_x0(step, output, xt, t, i)
                 tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
+                latents = callback_on_step_end(self, call, t, tensors).pop("latents", latents)
             if self._interrupt:
                 break
 
+        latents = latents if edit is None else edit.end(latents)
         self.maybe_free_model_hooks()
         check_finite(latents)
-        images: Any = latents
-        if output_type != "latent":
-            images = format_images(latents if draws_from_zero(self.unet) else latents / 2 + 0.5, output_type)
+        images = self._to_images(latents, output_type)
         if not return_dict:
             return (images,)
         return GuidedOutput(images, None if particles is None else torch.stack(particles.effective_sample_sizes))
+
+    @torch.no_grad()
+    def counterfactual(
+        self,
+        image: Pictures,
+        class_labels: Labels,
+        strength: float | Sequence[float] = STRENGTHS,
+        guidance_scale: float | Sequence[float] | None = None,
+        num_inference_steps: int = 20,
+        confidence: float = 0.99,
+        proximity: float = 0.4,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        return_intermediates: bool = False,
+    ) -> CounterfactualOutput | tuple[Any, ...]:
+        """Changes pictures as little as the classifier needs to take them for other classes. Nothing random is drawn.
+
+        Each picture is noised by DDIM backwards and denoised again under guidance. Of the values to try, each
+        scale's least strength that is accepted is found, and of these images the nearest is kept. So it takes at most
+        2 + Σ strengths · scales times `num_inference_steps` calls of the UNet.
+
+        Args:
+            image: one for all labels or one each, of the kinds that the call takes.
+            class_labels: the class wanted, for all or for each image: indices or names.
+            strength: shares of the way to noise to try, in (0, 1].
+            guidance_scale: scales w > 0 to try. Default: 1, 2, 4 and 8 times the default scale.
+            num_inference_steps: steps of the whole way to noise.
+            confidence: the probability from which on the classifier accepts, in (0, 1).
+            proximity: λ in [0, 1): each step's x_0 is pulled towards the picture by the fraction λ (1-ᾱ).
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent".
+            return_dict: return a [`CounterfactualOutput`] instead of a tuple.
+            return_intermediates: return the film, too.
+
+        Raises:
+            ValueError: for an argument out of its range, before any model runs.
+        """
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_components(self.unet, self.classifier, self.scheduler, self.id2label)
+        labels = label_tensor(class_labels, self.num_classes, self.id2label).to(self._execution_device)
+        check_search(self.classifier, self.scheduler, labels, confidence, proximity)
+        strengths = check_values("strength", strength, most=1)
+        usual = [multiple * self.default_guidance_scale for multiple in MULTIPLES]
+        scales = check_values("guidance_scale", usual if guidance_scale is None else guidance_scale)
+        check_num_inference_steps(num_inference_steps, len(self.scheduler.alphas_cumprod))
+        count = len(image) if len(labels) == 1 and hasattr(image, "__len__") else len(labels)
+        labels, pixels = labels.expand(count), self._pixels(image, count).expand(count, -1, -1, -1)
+        inversion = Inversion(pixels, self.scheduler, num_inference_steps, proximity)
+
+        def make_sampling(labels: Tensor, scale: float) -> GuidedSampling:
+            scales = [scale] * num_inference_steps
+            at_x0 = GuidanceAtX0(GuidanceMethod(), self.scheduler, self.scheduler.timesteps, None)
+            every = [True] * num_inference_steps
+            return GuidedSampling(
+                self.unet, self.classifier, self.scheduler, labels, scales, False, {}, at_x0, None, every
+            )
+
+        nearest, original = search(
+            inversion, make_sampling, self.classifier, labels, strengths, scales, confidence, return_intermediates
+        )
+        self.maybe_free_model_hooks()
+        check_finite(nearest.images)
+        output = CounterfactualOutput(
+            images=self._to_images(nearest.images, output_type),
+            l2=nearest.change().norm(dim=1),
+            l1=nearest.change().abs().sum(dim=1),
+            original_labels=original,
+            probabilities=nearest.probabilities,
+            strengths=nearest.strengths,
+            scales=nearest.scales,
+            intermediates=None if nearest.film is None else [self._to_images(x, output_type) for x in nearest.film],
+        )
+        return output if return_dict else output.to_tuple()
 
     def optimize(self) -> "ClassifierGuidedPipeline":
         """Makes sampling faster on this machine, and returns the pipeline.
@@ -304,11 +413,33 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             )
         return self.default_guidance_scale if guidance_scale is None else guidance_scale
 
-    def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
+    def _edit(self, count: int, image: Any, strength: Any, mask_image: Any, *resampling: int) -> Editing | None:
+        """What a call keeps of an image; None where it is given none."""
+        strength = check_edit(self.scheduler, image, strength, mask_image, *resampling)
+        if image is None:
+            return None
+        pixels, known = self._pixels(image, count), None
+        if mask_image is not None:
+            known = read_known(mask_image, self._shape(count)).to(self._execution_device)
+        return Editing(pixels, known, strength, *resampling)
+
+    def _pixels(self, image: Any, count: int) -> Tensor:
+        """Pictures as latents, (B or 1, C, H, W)."""
+        pixels = read_pixels(image, self._shape(count), draws_from_zero(self.unet))
+        return pixels.to(self._execution_device, torch.promote_types(self.dtype, torch.float32))
+
+    def _to_images(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        return format_images(latents if draws_from_zero(self.unet) else latents / 2 + 0.5, output_type)
+
+    def _shape(self, batch_size: int) -> tuple[int, ...]:
         size = config_of(self.unet, "sample_size")
         size = (size, size) if isinstance(size, int) else tuple(size)
-        shape = (batch_size, config_of(self.unet, "in_channels"), *size)
-        model_dtype = floats_of(self.unet).dtype
+        return (batch_size, config_of(self.unet, "in_channels"), *size)
+
+    def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
+        shape, model_dtype = self._shape(batch_size), self.dtype
         dtype = torch.promote_types(model_dtype, torch.float32)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)

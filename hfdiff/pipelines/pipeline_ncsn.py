@@ -5,13 +5,12 @@ Song & Ermon 2019 and 2020. `timesteps` descends from the largest noise level to
 
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
+from .editing import Pictures, read_known, read_pixels
 from .hub_mixin import HubMixin
 from .inputs import check_batch_size, check_choice, check_generator, check_latents
 from .outputs import (
@@ -24,8 +23,6 @@ from .outputs import (
     format_images,
 )
 from .steps import set_timesteps
-
-Pictures = Image.Image | list[Image.Image] | np.ndarray | Tensor
 
 
 class NCSNPipeline(HubMixin, DiffusionPipeline):
@@ -104,7 +101,8 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(timesteps)):
             if known is not None:
                 noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-                latents = _replace(latents, *known, noise=self._noise_std(t) * noise)
+                pixels, kept = known
+                latents = torch.where(kept, pixels + self._noise_std(t) * noise, latents)
             xt = self.scheduler.scale_model_input(latents, t)
             step = self.scheduler.step(self._predict(xt, t), t, latents, generator=generator)
             latents = step.prev_sample
@@ -117,7 +115,8 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
             if self._interrupt:
                 break
         if known is not None:
-            latents = _replace(latents, *known)
+            pixels, kept = known
+            latents = torch.where(kept, pixels, latents)
         self.maybe_free_model_hooks()
         check_finite(latents)
         images = self._to_images(latents, output_type)
@@ -214,57 +213,14 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
         if (image is None) != (mask_image is None):
             missing = "mask_image" if mask_image is None else "image"
             raise ValueError(f"`image` and `mask_image` go together, got no `{missing}`; give both or none.")
-        if image is None or mask_image is None:
+        if image is None:
             return None
-        _, channels, *size = self._shape(1)
-        pixels = _to_tensor("image", image, (batch_size, channels, *size))
-        mask = _to_tensor("mask_image", mask_image, (batch_size, 1, *size))
+        pixels = read_pixels(image, self._shape(batch_size), draws_from_zero(self.unet))
+        known = read_known(mask_image, self._shape(batch_size))
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
-        pixels = pixels if draws_from_zero(self.unet) else 2 * pixels - 1
-        return pixels.to(self._execution_device, dtype), (mask <= 0.5).to(self._execution_device)
+        return pixels.to(self._execution_device, dtype), known.to(self._execution_device)
 
     def _to_images(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
         return format_images(latents if draws_from_zero(self.unet) else latents / 2 + 0.5, output_type)
-
-
-def _replace(latents: Tensor, image: Tensor, known: Tensor, noise: Tensor | float = 0.0) -> Tensor:
-    """The latents with the image's pixels, and noise on them, where they are known."""
-    return torch.where(known, image + noise, latents)
-
-
-def _to_tensor(name: str, pictures: Pictures, shape: tuple[int, ...]) -> Tensor:
-    """Pictures in [0, 1] as (B or 1, C, H, W), for a shape (B, C, H, W).
-
-    Raises:
-        ValueError: for another count, size or rank, other channels, or values outside [0, 1].
-    """
-    batch_size, channels, *size = shape
-    if isinstance(pictures, Image.Image):
-        pictures = [pictures]
-    if isinstance(pictures, list):
-        mode = {1: "L", 3: "RGB"}[channels]
-        pictures = np.stack([np.asarray(picture.convert(mode), dtype=np.float32) / 255 for picture in pictures])
-        pictures = pictures.reshape(*pictures.shape[:3], channels)
-    axes = "(B, H, W, C)" if isinstance(pictures, np.ndarray) else "(B, C, H, W)"
-    if pictures.ndim != 4:
-        raise ValueError(
-            f"`{name}` must have 4 axes {axes}, got {pictures.ndim} in the shape {tuple(pictures.shape)}; add those of "
-            "length 1."
-        )
-    if isinstance(pictures, np.ndarray):
-        pictures = torch.from_numpy(pictures).movedim(-1, 1)
-    if list(pictures.shape[1:]) != [channels, *size]:
-        raise ValueError(
-            f"`{name}` must have {channels} channels and the model's size {tuple(size)}, got the shape "
-            f"{tuple(pictures.shape)} of (B, C, H, W); resize it."
-        )
-    if len(pictures) not in (1, batch_size):
-        raise ValueError(
-            f"`{name}` must be one for all or one for each of the {batch_size} images, got {len(pictures)}; change "
-            "`batch_size`."
-        )
-    if not ((pictures >= 0) & (pictures <= 1)).all():
-        raise ValueError(f"`{name}` must be in [0, 1], got {pictures.min():g} to {pictures.max():g}; rescale it.")
-    return pictures

@@ -16,13 +16,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .draws import repeat_generators, uniform_per_image
+from .editing import Editing
 from .guided_sampling import Evaluation, GuidedSampling
 from .steps import parameters_of
 
 RESAMPLE_BELOW = 0.5  # of K: the effective sample size that lets the particles be resampled (the paper's)
 
 
-def check_num_particles(num_particles: Any, scheduler: Any, eta: float, guided: bool) -> None:
+def check_num_particles(num_particles: Any, scheduler: Any, eta: float, is_weighed: bool) -> None:
     """Refuses a number of particles below 1, or more than one where no step is a Gaussian that they can be weighed by.
 
     Raises:
@@ -42,10 +43,10 @@ def check_num_particles(num_particles: Any, scheduler: Any, eta: float, guided: 
             f"{' and an `eta` of 0' if 'eta' in accepted else ''}; use hfdiff.DDPMScheduler, or a DDIMScheduler with "
             "`eta=1.0`."
         )
-    if not guided:
+    if not is_weighed:
         raise ValueError(
-            f"`num_particles` needs `class_labels` or a `guide` to weigh particles by, got {num_particles} without; "
-            "name classes."
+            "`num_particles` needs `class_labels`, a `guide` or a `mask_image` to weigh particles by, got "
+            f"{num_particles} with none; give one."
         )
 
 
@@ -57,14 +58,24 @@ class Particles:
         num_images: B.
         num_particles: K.
         generator: of the images: one for all, or one each.
+        edit: what is known of the images, if anything: particles are weighed by how likely their step makes it, too.
     """
 
-    def __init__(self, sampling: GuidedSampling, num_images: int, num_particles: int, generator: Any) -> None:
+    def __init__(
+        self,
+        sampling: GuidedSampling,
+        num_images: int,
+        num_particles: int,
+        generator: Any,
+        edit: Editing | None = None,
+    ) -> None:
         sampling.repeat(num_particles)
         self.sampling, self.num_particles, self.num_steps = sampling, num_particles, len(sampling.scales)
         self.generator = generator
+        self.inpainting = None if edit is None or edit.known is None else edit
         self.log_weights = torch.zeros(num_images, num_particles, dtype=torch.float64)
         self.step_log_ratio: Tensor | float = 0.0  # log p/q of the last step, minus its log p(y | x_t)^s
+        self.known_log_prob: Tensor | float = 0.0  # log p of the known pixels by the last step
         self.effective_sample_sizes: list[Tensor] = []
 
     def weigh(self, xt: Tensor, evaluation: Evaluation, index: int) -> tuple[Tensor, Evaluation]:
@@ -75,10 +86,11 @@ class Particles:
             evaluation: of these.
             index: of the step.
         """
+        change = self.known_log_prob
         if evaluation.log_prob is not None:
-            change = evaluation.log_prob.double() + self.step_log_ratio
+            change, self.step_log_ratio = change + evaluation.log_prob.double() + self.step_log_ratio, 0.0
+        if isinstance(change, Tensor):
             self.log_weights = (self.log_weights.to(xt.device) + change.view_as(self.log_weights)).log_softmax(dim=1)
-            self.step_log_ratio = 0.0
         size = effective_sample_size(self.log_weights)
         self.effective_sample_sizes.append(size)
         if index == self.num_steps - 1:
@@ -113,14 +125,19 @@ class Particles:
             options = {"generator": None, "variance_noise": noise}
             return self.sampling.reverse(output, gradient, xt, xt, timestep, index, **options)
 
-        if index == self.num_steps - 1 or gradient is None or log_prob is None:
+        if index == self.num_steps - 1 or (gradient is None and self.inpainting is None):
             return step(None, noise)
         mean = step(None, torch.zeros_like(noise))[0].prev_sample
         std = step(None, torch.ones_like(noise))[0].prev_sample - mean
-        aim = step(gradient, torch.zeros_like(noise))[0].prev_sample
-        shift = ((aim - mean) / std).double().flatten(1)  # in standard deviations
-        log_ratio = -(shift.square() / 2 + shift * noise.double().flatten(1)).sum(dim=1)  # log p/q at the particle
-        self.step_log_ratio = log_ratio - log_prob.double()
+        aim = mean if gradient is None else step(gradient, torch.zeros_like(noise))[0].prev_sample
+        shift, known = ((aim - mean) / std).double(), torch.zeros((), dtype=torch.bool, device=noise.device)
+        if self.inpainting is not None:
+            noise, known = self.inpainting.landing(aim, std, noise, index)
+            log_prob_known = -(shift + noise.double()).square() / 2 - std.double().log()
+            self.known_log_prob = log_prob_known.masked_fill(~known, 0.0).flatten(1).sum(dim=1)
+        if log_prob is not None:
+            log_ratio = -(shift.square() / 2 + shift * noise.double())  # log p/q at the particle, in its free pixels
+            self.step_log_ratio = log_ratio.masked_fill(known, 0.0).flatten(1).sum(dim=1) - log_prob.double()
         return step(gradient, noise)
 
 
