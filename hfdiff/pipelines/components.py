@@ -50,7 +50,12 @@ def check_components(unet: Any, classifier: Any, scheduler: Any, id2label: dict[
     if classifier is None:
         return
     if type(classifier).__name__ == "ClassifierSet":
-        for member in classifier.members.values():
+        for name, member in classifier.members.items():
+            if getattr(member, "reads_x0", False):
+                raise ValueError(
+                    f"`classifier` must know noisy images where there are several, got a {type(member).__name__} as "
+                    f"{name!r}; let it guide by `guide=`."
+                )
             check_components(unet, member, scheduler, {})
         return
     if is_of(classifier, "transformers"):

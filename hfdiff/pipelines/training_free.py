@@ -255,6 +255,11 @@ def check_method(method: Any, guide: Any, classifier: Any) -> GuidanceMethod:
             "`method` scales by the entropy of a classifier of noisy images, got "
             f"{'none' if classifier is None else f'a {type(classifier).__name__}'}; leave `entropy_scale` out."
         )
+    if hasattr(classifier, "members") and (method.temperatures != (1.0, 1.0) or method.entropy_scale):
+        raise ValueError(
+            "`method` changes the logits of one classifier, got temperatures or an entropy scale with several; leave "
+            "these out."
+        )
     return method
 
 

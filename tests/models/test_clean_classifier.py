@@ -209,3 +209,13 @@ def test_colours_are_not_guided_by_a_classifier_of_grey_images() -> None:
     )
     with pytest.raises(ValueError, match="`classifier` must take the UNet's 3 channels, got a classifier of 1"):
         ClassifierGuidedPipeline(colours, CleanClassifier(make_judge()), guided.scheduler)
+
+
+def test_several_classifiers_are_of_noisy_images() -> None:
+    guided = make_pipeline()
+    with pytest.raises(ValueError, match="`classifier` must know noisy images where there are several, got a CleanCl"):
+        ClassifierGuidedPipeline(guided.unet, {"clean": CleanClassifier(make_judge())}, guided.scheduler)
+    several = ClassifierGuidedPipeline(guided.unet, {"noisy": guided.classifier}, guided.scheduler)
+    for method in (GuidanceMethod.ed_dpm(), GuidanceMethod(joint_temperature=0.5)):
+        with pytest.raises(ValueError, match="`method` changes the logits of one classifier"):
+            several({"noisy": 0}, method=method)
