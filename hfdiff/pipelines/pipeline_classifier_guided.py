@@ -97,7 +97,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         classifier: nn.Module | dict[str, nn.Module] | None,
         scheduler: SchedulerMixin,
         default_guidance_scale: float | None = None,
-        id2label: dict[int | str, str] | None = None,  # JSON's keys are strings
+        id2label: dict | None = None,  # of names by index; typed no further, since JSON makes strings of the keys
     ) -> None:
         super().__init__()
         classifier = join_classifiers(classifier)
