@@ -1,6 +1,7 @@
 """The flags that commands share: one vocabulary, diffusers' words; shorter ones of earlier versions are still read."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -109,5 +110,24 @@ def check_path(name: str, source: str | None) -> None:
         return
     path = Path(source)
     may_be_hub_id = source.count("/") < 2 and not source.startswith((".", "/", "~")) and not path.suffix
-    if not may_be_hub_id or (len(path.parts) == 2 and path.parent.is_dir()):
+    is_below_folder = len(path.parts) == 2 and (path.parent.is_dir() or path.parts[0] == "out")  # where we write
+    if not may_be_hub_id or is_below_folder:
         raise ValueError(f"`{name}` must be there, got {source!r}: there is no such file or folder; check the path.")
+
+
+def check_output(output: Path, suffixes: Sequence[str] | None = None) -> None:
+    """Refuses a path that cannot be written, before anything is computed for it.
+
+    Args:
+        output: of a file or folder.
+        suffixes: those it may have, "" for a folder's; None for any.
+
+    Raises:
+        ValueError: then.
+    """
+    if suffixes is not None and output.suffix not in suffixes:
+        named = ", ".join(suffix for suffix in suffixes if suffix)
+        raise ValueError(f"`output` must be a folder or end in one of {named}, got {str(output)!r}.")
+    above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not os.access(above, os.W_OK) or (above != output and not above.is_dir()):
+        raise ValueError(f"`output` must be where files can be written, got {str(output)!r}: {above} takes none.")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..sampling.settings import SamplingSettings
-from .flags import GUIDED, add_drawing_flags, add_label_flag, check_path
+from .flags import GUIDED, add_drawing_flags, add_label_flag, check_output, check_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     """
     settings = _settings(args)
     check_path("pipeline", args.pipeline)
+    check_output(args.output, (*IMAGE_SUFFIXES, ".npz", ""))
 
     from ..pipelines.hub_download import bundled_source
     from ..sampling.opening import open_pipeline

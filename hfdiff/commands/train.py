@@ -3,12 +3,17 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .flags import check_path
 
 KINDS = {
     "ddpm": "a denoising diffusion model (Ho et al. 2020)",
     "classifier": "a classifier of noisy images, to guide one (Dhariwal & Nichol 2021)",
     "ncsn": "a noise conditional score network (Song & Ermon 2019, 2020)",
 }
+SOURCES = ("dataset_name", "validation_data", "init_from", "diffusion_model", "teacher", "judge", "fid_features")
 HELP = """usage: hfdiff train KIND [--config recipe.yaml] [--setting value ...]
 
 Trains a model with accelerate, and saves it as a folder that opens with `from_pretrained`. Kinds:
@@ -40,4 +45,22 @@ def main(arguments: Sequence[str]) -> None:
 
     name = f"hfdiff train {kind}"
     settings = parse_settings(SETTINGS[kind], flags, f"Trains {KINDS[kind]}.", name)
-    run_script(lambda: import_module(f"..training.train_{kind}", __package__).run(settings), name)
+
+    def run() -> None:
+        check_sources(settings)
+        import_module(f"..training.train_{kind}", __package__).run(settings)
+
+    run_script(run, name)
+
+
+def check_sources(settings: Any) -> None:
+    """Refuses paths where nothing is, before anything is imported.
+
+    Raises:
+        ValueError: then.
+    """
+    folder = settings.train_data_dir
+    if folder is not None and not Path(folder).exists():
+        raise ValueError(f"`train_data_dir` must be a folder, got {folder!r}: there is none; check the path.")
+    for name in SOURCES:
+        check_path(name, getattr(settings, name, None))

@@ -2,6 +2,7 @@ import contextlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -169,3 +170,26 @@ def test_grid_places_images_row_by_row():
 
 def test_bytes_are_rounded():
     assert to_bytes(np.array([-0.1, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 2.0])).tolist() == [0, 0, 0, 1, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["train", "ddpm", "--train_data_dir", "nosuch"], "`train_data_dir` must be a folder, got 'nosuch'"),
+        (
+            ["train", "classifier", "--diffusion_model", "out/nosuch"],
+            "`diffusion_model` must be there, got 'out/nosuch'",
+        ),
+        (["train", "classifier", "--judge", "./nosuch"], "`judge` must be there"),
+        (["sample", "--pipeline", "out/digits-guidde"], "`pipeline` must be there"),
+        (["sample", "--output", "out/images.txt"], "`output` must be a folder or end in one of .png"),
+        (["sample", "--output", "/proc/nope/images.png"], "`output` must be where files can be written"),
+    ],
+)
+def test_a_mistyped_path_is_told_before_anything_is_imported_or_drawn(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):
+        assert cli.main(flags) == 2
+    assert message in capsys.readouterr().err

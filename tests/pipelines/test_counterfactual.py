@@ -9,6 +9,7 @@ from tiny_models import SCHEDULE, make_pipeline
 from hfdiff import AnnealedLangevinScheduler, ClassifierGuidedPipeline, DDPMScheduler
 from hfdiff.pipelines.counterfactual import Inversion
 from hfdiff.pipelines.guided_sampling import GuidedSampling
+from hfdiff.pipelines.training_free import GuidanceAtX0, GuidanceMethod
 
 
 class Pair(Mixture):
@@ -30,6 +31,11 @@ def pair() -> ClassifierGuidedPipeline:
     mixture = Pair(scheduler.alphas_cumprod)
     model, classifier = ExactModel(sample_size=(1, 3)).attach(mixture), ExactClassifier().attach(mixture)
     return ClassifierGuidedPipeline(model, classifier, scheduler, default_guidance_scale=1.0)
+
+
+def unguided(model: ExactModel, scheduler: DDPMScheduler, steps: int) -> GuidedSampling:
+    at_x0 = GuidanceAtX0(GuidanceMethod(), scheduler, scheduler.timesteps, None)
+    return GuidedSampling(model, None, scheduler, None, [0.0] * steps, False, {}, at_x0, None, [False] * steps)
 
 
 def find(pipe, pictures=PICTURES, labels=1, **options):
@@ -77,7 +83,7 @@ def test_without_guidance_the_way_back_ends_at_the_picture(kind):
     scheduler = DDPMScheduler(prediction_type=kind)
     model = ExactModel(kind, (1, 3)).attach(Pair(scheduler.alphas_cumprod))
     inversion = Inversion(PICTURES, scheduler, 10, 0.0)
-    sampling = GuidedSampling(model, None, scheduler, None, [0.0] * 10, False, {})
+    sampling = unguided(model, scheduler, 10)
     inversion.invert(sampling)
     for level in (1, 5, 10):
         torch.testing.assert_close(inversion.draw(sampling, level, torch.arange(3))[-1], PICTURES)
@@ -89,7 +95,7 @@ def test_the_noise_of_pictures_is_unit_normal_in_the_limit(pair):
     mixture.weights = torch.tensor([1.0, 0.0], dtype=torch.float64)
     pair.unet.attach(mixture)
     inversion = Inversion(PICTURES, pair.scheduler, 500, 0.0)
-    inversion.invert(GuidedSampling(pair.unet, None, pair.scheduler, None, [0.0] * 500, False, {}))
+    inversion.invert(unguided(pair.unet, pair.scheduler, 500))
     expected = (PICTURES.flatten(1) - Pair.means[0]) / Pair.scale
     torch.testing.assert_close(inversion.states[-1].flatten(1), expected, rtol=0.02, atol=0.02)
 
