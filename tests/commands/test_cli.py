@@ -181,15 +181,16 @@ def test_bytes_are_rounded():
             "`diffusion_model` must be there, got 'out/nosuch'",
         ),
         (["train", "classifier", "--judge", "./nosuch"], "`judge` must be there"),
-        (["sample", "--pipeline", "out/digits-guidde"], "`pipeline` must be there"),
-        (["sample", "--output", "out/images.txt"], "`output` must be a folder or end in one of .png"),
-        (["sample", "--output", "/proc/nope/images.png"], "`output` must be where files can be written"),
+        (["sample", "--pipeline", "out/digits-guidde"], "`--pipeline` must be there"),
+        (["sample", "--output", "out/images.txt"], "`--output` must be a folder or end in one of .png"),
+        (["sample", "--output", "a_file/images.png"], "`--output` must be where files can be written"),
     ],
 )
 def test_a_mistyped_path_is_told_before_anything_is_imported_or_drawn(
     flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
     with contextlib.suppress(SystemExit):
         assert cli.main(flags) == 2
     assert message in capsys.readouterr().err
