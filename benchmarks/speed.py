@@ -108,7 +108,7 @@ def bench_pipeline(rounds: int, batch_size: int, optimize: bool) -> None:
     pipe = ClassifierGuidedPipeline.from_pretrained(PIPELINE, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(batch_size) % 10
-    scale = pipe.config.default_guidance_scale
+    scale = pipe.default_guidance_scale
 
     def run(which: ClassifierGuidedPipeline) -> Callable[[], Tensor]:
         return lambda: (
