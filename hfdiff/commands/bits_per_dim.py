@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .flags import check_path
+from .flags import check_output, check_path
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     check_path("pipeline", args.pipeline)
     check_path("dataset_name", args.dataset_name)
+    check_output("output", args.output)
 
     import torch
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sampling.settings import SamplingSettings
-from .flags import GUIDED, JUDGE, check_path
+from .flags import GUIDED, JUDGE, check_output, check_path
 
 
 def add_parser(commands: Any) -> None:
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
     SamplingSettings(1, num_inference_steps=args.num_inference_steps, seed=args.seed)
     check_path("pipeline", args.pipeline)
     check_path("judge", args.judge)
+    check_output("output", args.output)
 
     import numpy as np
 

@@ -17,6 +17,7 @@ from .flags import (
     add_drawing_flags,
     add_measuring_flags,
     add_set_flags,
+    check_output,
     check_path,
     evaluation_settings,
     given_flags,
@@ -82,6 +83,8 @@ def _check_arguments(args: argparse.Namespace) -> tuple[EvaluationSettings, Samp
     for name in ("samples", "reference"):
         check_path(name, getattr(args, name))
     check_path("features", args.features.partition(":")[2] or None)
+    if args.output is not None:
+        check_output("output", args.output)
     if args.samples is not None:
         check_metrics(args.metrics.split(","), has_reference=args.reference is not None)
     if args.output is not None and args.output.suffix not in SUFFIXES:

@@ -115,10 +115,11 @@ def check_path(name: str, source: str | None) -> None:
         raise ValueError(f"`{name}` must be there, got {source!r}: there is no such file or folder; check the path.")
 
 
-def check_output(output: Path, suffixes: Sequence[str] | None = None) -> None:
+def check_output(name: str, output: Path, suffixes: Sequence[str] | None = None) -> None:
     """Refuses a path that cannot be written, before anything is computed for it.
 
     Args:
+        name: of the flag.
         output: of a file or folder.
         suffixes: those it may have, "" for a folder's; None for any.
 
@@ -127,7 +128,7 @@ def check_output(output: Path, suffixes: Sequence[str] | None = None) -> None:
     """
     if suffixes is not None and output.suffix not in suffixes:
         named = ", ".join(suffix for suffix in suffixes if suffix)
-        raise ValueError(f"`output` must be a folder or end in one of {named}, got {str(output)!r}.")
+        raise ValueError(f"`{name}` must be a folder or end in one of {named}, got {str(output)!r}.")
     above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not os.access(above, os.W_OK) or (above != output and not above.is_dir()):
-        raise ValueError(f"`output` must be where files can be written, got {str(output)!r}: {above} takes none.")
+        raise ValueError(f"`{name}` must be where files can be written, got {str(output)!r}: {above} takes none.")

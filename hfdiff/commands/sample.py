@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     """
     settings = _settings(args)
     check_path("pipeline", args.pipeline)
-    check_output(args.output, (*IMAGE_SUFFIXES, ".npz", ""))
+    check_output("output", args.output, (*IMAGE_SUFFIXES, ".npz", ""))
 
     from ..pipelines.hub_download import bundled_source
     from ..sampling.opening import open_pipeline

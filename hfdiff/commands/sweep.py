@@ -12,6 +12,7 @@ from .flags import (
     IMAGES,
     add_measuring_flags,
     add_set_flags,
+    check_output,
     check_path,
     evaluation_settings,
     sampling_settings,
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("pipeline", "reference"):
         check_path(name, getattr(args, name))
     check_path("features", args.features.partition(":")[2] or None)
+    check_output("output_dir", args.output_dir)
 
     from ..data.files import place_file
     from ..evaluation.sweep import SweepTable, sweep, sweep_points
