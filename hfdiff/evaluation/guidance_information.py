@@ -18,7 +18,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..pipelines.guidance import classifier_gradient, log_likelihood, noisy_input
+from ..pipelines.guidance import classifier_guidance, noisy_input
 from ..schedulers.gaussian import convert
 
 LEAST_LOG_SNR = -12.0  # below it nothing is known: I(x_t; y) ≤ ½ SNR Var(x_0), 0.002 nats for 784 pixels of variance 1
@@ -166,9 +166,8 @@ def _level_sums(
         likelihood = torch.full((len(x0),), torch.nan)
     else:
         eps = _predict_noise(unet, scheduler, xt, t, alpha_bar)
-        shift = (1 - alpha_bar) ** 0.5 * classifier_gradient(classifier, xt, t, labels)
-        output = classifier(xt, t)
-        likelihood = log_likelihood(output if isinstance(output, Tensor) else output.logits, labels)
+        likelihood, gradient = classifier_guidance(classifier, xt, t, labels)
+        shift = (1 - alpha_bar) ** 0.5 * gradient
     values = ((eps - noise) * shift).double().sum(), shift.double().square().sum(), likelihood.double().sum()
     return torch.stack([value.cpu() for value in values])
 

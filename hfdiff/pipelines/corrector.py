@@ -21,7 +21,7 @@ from .draws import uniform_per_image
 from .gaussian import convert
 from .guided_sampling import GuidedSampling
 from .noise import solve_step_size
-from .steps import alpha_bar_at
+from .steps import alpha_bars
 
 
 def check_corrector_steps(
@@ -65,7 +65,7 @@ class Corrector:
     ) -> None:
         self.sampling, self.timesteps = sampling, timesteps
         self.num_steps, self.accept, self.generator = num_steps, accept, generator
-        levels = [alpha_bar_at(sampling.scheduler, index, t) for index, t in enumerate(timesteps)]
+        levels = alpha_bars(sampling.scheduler, timesteps)[:-1]  # without the image's
         self.alpha_bars = torch.tensor(levels, dtype=torch.float64)
         sigmas = ((1 - self.alpha_bars) / self.alpha_bars) ** 0.5
         self.ratio = solve_step_size(sigmas, 1) / float(sigmas.min()) ** 2

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .components import config_of, floats_of
 from .gaussian import clip_x0_, convert, from_x0, to_x0
+from .guidance import logits_of
 from .guided_sampling import GuidedSampling
 from .steps import SCORE_PREDICTIONS
 
@@ -193,8 +194,7 @@ def search(
 
 def class_probabilities(classifier: Any, images: Tensor) -> Tensor:
     """p(y | x_0) of clean images in the model's range, (B, K), in float32 at least."""
-    output = classifier(images.to(floats_of(classifier).dtype), 0)
-    logits = output if isinstance(output, Tensor) else output.logits
+    logits = logits_of(classifier(images.to(floats_of(classifier).dtype), 0))
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
 
 

@@ -76,12 +76,17 @@ def classifier_guidance(
         xt, class_labels = sample.detach().clone().requires_grad_(), class_labels.clone()
         timestep = timestep.clone() if isinstance(timestep, Tensor) else timestep
         output = classifier(xt.to(_dtype(classifier, xt)), timestep)
-        logits = output if isinstance(output, Tensor) else output.logits
+        logits = logits_of(output)
         log_prob = log_likelihood(logits, class_labels, temperatures)
         (gradient,) = torch.autograd.grad(log_prob.sum(), xt)
     if entropy_scale:
         gradient = per_image(inverse_entropy(logits.detach()), gradient) * gradient
     return guidance_scale * log_prob.detach(), per_image(guidance_scale, gradient) * gradient
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits that a classifier gives, as a tensor or as the `.logits` of what it gives."""
+    return output if isinstance(output, Tensor) else output.logits
 
 
 def inverse_entropy(logits: Tensor) -> Tensor:

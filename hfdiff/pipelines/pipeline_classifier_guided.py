@@ -404,8 +404,8 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         """w of a call: the one given, or the default one, where there is something to be guided by."""
         if labels is None or (self.classifier is None and guidance_scale is None):
             return 0.0
-        if members_of(self.classifier):
-            return 1.0  # the scales are in the labels' terms
+        if members := members_of(self.classifier):  # the scales are in the labels' terms
+            return 1.0 if any(joint_scales(guidance_scale, members).values()) else 0.0
         if self.classifier is None and guidance_scale != 0:
             raise ValueError(
                 f"`guidance_scale` needs a classifier, got {guidance_scale!r} without; open the pipeline with "

@@ -93,6 +93,12 @@ def test_one_classifier_left_out_is_the_other_alone() -> None:
     torch.testing.assert_close(draw(PIPE, {"kind": Either("dog")}, {"kind": 1.5}), alone)
 
 
+def test_scales_of_zero_run_no_classifier() -> None:
+    KIND.calls = STYLE.calls = 0
+    draw(PIPE, {"kind": "cat", "style": "ink"}, {"kind": 0, "style": 0.0})
+    assert KIND.calls == STYLE.calls == 0
+
+
 def test_both_classifiers_with_a_corrector_draw_what_has_both() -> None:
     """p(x) p(kind | x) p(style | x), against points of the mixture weighted by it."""
     generator = torch.Generator().manual_seed(5)
