@@ -1,7 +1,8 @@
 """Training batches as a function of their number, and the images that they are drawn from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +79,9 @@ class BatchStream:
     """Training batches as a function of their number: `stream(n)` is the n-th batch, whenever it is asked for.
 
     Each epoch visits the images once in an order of its own; the last images that fill no batch are left out of it.
+    Where classes are balanced, the classes with images are visited in turn, in an order of its own each turn, and the
+    images of each class in the same way. So in any number of batches two classes differ by one image at most, and no
+    image is seen again before all others of its class.
 
     Args:
         data: what to draw from.
@@ -87,6 +91,7 @@ class BatchStream:
         augmentation: what is done to the images.
         time_sampler: what to draw t by, instead of uniformly; a batch is then a function of its state, too.
         class_dropout: share of the labels that are K, which stands for no class.
+        balance_classes: draw every class equally often.
 
     Raises:
         ValueError: when there are fewer images than a batch holds.
@@ -99,6 +104,7 @@ class BatchStream:
     augmentation: Augmentation = Augmentation()  # noqa: RUF009 (it is frozen)
     time_sampler: LossSecondMomentSampler | LogSNRSampler | None = None
     class_dropout: float = 0.0
+    balance_classes: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size > len(self.data.images):
@@ -129,8 +135,59 @@ class BatchStream:
         return Batch(x0, timestep, noise, labels, weight)
 
     def _indices(self, number: int) -> Tensor:
+        if self.balance_classes:
+            places = range(number * self.batch_size, (number + 1) * self.batch_size)
+            return torch.tensor([self._balanced[place] for place in places])
         epoch, position = divmod(number, len(self))
         return _order(len(self.data.images), self.seed, epoch)[position * self.batch_size :][: self.batch_size]
+
+    @cached_property
+    def _balanced(self) -> "BalancedOrder":
+        assert self.data.labels is not None
+        return BalancedOrder(self.data.labels, self.seed)
+
+
+class TurnOrder:
+    """An endless sequence of values that are visited in turn, each turn in an order of its own.
+
+    Args:
+        values: what is visited.
+        seed: of the orders.
+        purpose: what tells them from others of the seed.
+    """
+
+    def __init__(self, values: Sequence[int], seed: int, purpose: str) -> None:
+        self.values, self.seed, self.purpose = values, seed, purpose
+        self.turn, self.order = -1, [0]
+
+    def __getitem__(self, place: int) -> int:
+        """The value at a place, from 0."""
+        turn, position = divmod(place, len(self.values))
+        if turn != self.turn:
+            generator = make_generator(self.seed, self.purpose, turn)
+            self.turn, self.order = turn, torch.randperm(len(self.values), generator=generator).tolist()
+        return self.values[self.order[position]]
+
+
+class BalancedOrder:
+    """An endless sequence of images, of each class equally often: classes are visited in turn, and the images of each.
+
+    Args:
+        labels: of the images, (N,).
+        seed: of the order.
+    """
+
+    def __init__(self, labels: Tensor, seed: int) -> None:
+        present = labels.unique().tolist()
+        self.classes = TurnOrder(present, seed, "classes")
+        self.images = {
+            label: TurnOrder((labels == label).nonzero()[:, 0].tolist(), seed, f"images of class {label}")
+            for label in present
+        }
+
+    def __getitem__(self, place: int) -> int:
+        """The image at a place, from 0."""
+        return self.images[self.classes[place]][place // len(self.images)]
 
 
 @lru_cache(maxsize=1)

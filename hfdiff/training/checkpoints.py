@@ -243,18 +243,22 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_same_run(checkpoint: Path, run: dict[str, Any], may_change: frozenset[str]) -> None:
+def check_same_run(
+    checkpoint: Path, run: dict[str, Any], may_change: frozenset[str], defaults: dict[str, Any] | None = None
+) -> None:
     """Refuses a checkpoint of another run.
 
     Args:
         checkpoint: of which run?
         run: the settings of this one, JSON values.
         may_change: settings in which they may differ.
+        defaults: of settings that an earlier version's checkpoint does not know.
 
     Raises:
         ValueError: when they differ in others; it lists them.
     """
-    theirs, run = with_global_batch(read_manifest(checkpoint)["settings"]), with_global_batch(run)
+    theirs = with_global_batch({**(defaults or {}), **read_manifest(checkpoint)["settings"]})
+    run = with_global_batch(run)
     names = sorted((theirs.keys() | run.keys()) - may_change)
     differ = [
         f"`{name}` was {theirs.get(name)!r}, is {run.get(name)!r}"

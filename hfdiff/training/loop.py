@@ -177,7 +177,8 @@ def open_folder(folder: Path, settings: TrainingSettings, run: dict[str, Any]) -
     if checkpoint:
         done, constant = checkpoint_step(checkpoint), settings.lr_scheduler in CONSTANT_SCHEDULES
         grows = {"max_train_steps"} if constant and settings.max_train_steps >= done else set()
-        check_same_run(checkpoint, run, settings.may_change | grows)
+        defaults = json.loads(json.dumps(asdict(type(settings)())))
+        check_same_run(checkpoint, run, settings.may_change | grows, defaults)
     return checkpoint
 
 

@@ -91,6 +91,26 @@ class UNetSettings(TrainingSettings):
 
 
 @dataclass(kw_only=True)
+class LabelSettings(TrainingSettings):
+    """Settings of what labels are for.
+
+    Args:
+        label_column: the dataset's column of labels; read for a model that is told classes or tells them, and for
+            balance_classes.
+        balance_classes: draw every class equally often, however many images it has; an epoch has as many images as
+            before.
+    """
+
+    label_column: str = "label"
+    balance_classes: bool = False
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the batches need labels, whatever the model does with them."""
+        return self.balance_classes
+
+
+@dataclass(kw_only=True)
 class MonitorSettings(TrainingSettings):
     """Settings of a diffusion model's validation, every `validation_steps` and at the end.
 
@@ -118,13 +138,12 @@ class MonitorSettings(TrainingSettings):
 
 
 @dataclass(kw_only=True)
-class DDPMSettings(UNetSettings, MonitorSettings):
+class DDPMSettings(UNetSettings, MonitorSettings, LabelSettings):
     """Settings of a diffusion model's training.
 
     Args:
         bits_per_dim_images: images of the validation data, at most, whose variational bound is measured; 0 measures
             none.
-        label_column: the dataset's column of labels, for a class-conditional model.
         class_conditional: train one model of all classes that is told which to draw; it may start from one that is not.
         class_dropout: share of the images whose class it is not told, so that it also draws without one.
         num_train_timesteps: T, length of the chain.
@@ -145,7 +164,6 @@ class DDPMSettings(UNetSettings, MonitorSettings):
     bits_per_dim_images: NonNegativeInt = 100
     max_train_steps: PositiveInt = 800
     learning_rate: PositiveFloat = 2e-3
-    label_column: str = "label"
     class_conditional: bool = False
     class_dropout: ClosedUnitInterval = 0.0
     num_train_timesteps: PositiveInt = 1000
@@ -205,11 +223,10 @@ class NCSNSettings(UNetSettings, MonitorSettings):
 
 
 @dataclass(kw_only=True)
-class ClassifierSettings(TrainingSettings):
+class ClassifierSettings(LabelSettings):
     """Settings of a noisy classifier's training.
 
     Args:
-        label_column: the dataset's column of labels.
         shift_augmentation: move each image by up to this many pixels each way; its border is repeated outwards.
         label_smoothing: share of each label that is spread evenly over all classes, in the cross entropy.
         diffusion_model: the pipeline folder or Hub id of the diffusion model or score network to guide; gives the noise
@@ -245,7 +262,6 @@ class ClassifierSettings(TrainingSettings):
     output_dir: str = "out/digits-classifier-guided"
     max_train_steps: PositiveInt = 800
     learning_rate: PositiveFloat = 2e-3
-    label_column: str = "label"
     shift_augmentation: NonNegativeInt = 0
     label_smoothing: ClosedUnitInterval = 0.0
     diffusion_model: str | None = None

@@ -79,7 +79,10 @@ def run(settings: ClassifierSettings) -> None:
     augmentation = Augmentation(not settings.center_crop, settings.random_flip, settings.shift_augmentation)
     batch_size = settings.train_batch_size * accelerator.num_processes
     sampler = LogSNRSampler(scheduler.alphas_cumprod) if settings.time_sampling == "log-snr" else None
-    batches = BatchStream(data, batch_size, len(scheduler), settings.seed, augmentation, sampler)
+    balanced = settings.balance_classes
+    batches = BatchStream(
+        data, batch_size, len(scheduler), settings.seed, augmentation, sampler, balance_classes=balanced
+    )
     repository = on_main(accelerator, lambda: find_repository(settings))
     monitor = make_monitor(unet, classifier, scheduler, validation, settings.seed) if validation else None
     loss = make_loss(settings, denoiser, teacher and teacher.unet, scheduler, len(data.label_names))

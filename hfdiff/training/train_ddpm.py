@@ -46,19 +46,20 @@ def run(settings: DDPMSettings) -> None:
     start = open_diffusion_model(settings.init_from, "init_from") if settings.init_from else None
     if start:
         settings = take_over(settings, "init_from", tell(start, settings))
-    data, validation = load_training_data(
-        settings, settings.label_column if settings.class_conditional else None, start and start.channels
-    )
-    if not settings.class_conditional:
-        data, validation = data._replace(labels=None), validation and validation._replace(labels=None)
+    conditional, channels = settings.class_conditional, start and start.channels
+    labelled = conditional or settings.needs_labels
+    data, validation = load_training_data(settings, settings.label_column if labelled else None, channels)
+    data = data if labelled else data._replace(labels=None)
+    validation = validation if conditional or not validation else validation._replace(labels=None)
     accelerator = make_accelerator(settings)
     scheduler = make_scheduler(settings, start)
     unet = make_unet(settings, data, start)
     sampler = LossSecondMomentSampler(len(scheduler)) if settings.time_sampling == "loss-second-moment" else None
     batch_size = settings.train_batch_size * accelerator.num_processes
     augmentation = Augmentation(not settings.center_crop, settings.random_flip)
+    balanced = settings.balance_classes
     batches = BatchStream(
-        data, batch_size, len(scheduler), settings.seed, augmentation, sampler, settings.class_dropout
+        data, batch_size, len(scheduler), settings.seed, augmentation, sampler, settings.class_dropout, balanced
     )
     repository = on_main(accelerator, lambda: find_repository(settings))
     pipe = make_pipeline(unet, scheduler, data)
@@ -68,7 +69,7 @@ def run(settings: DDPMSettings) -> None:
         return ddpm_losses(model, scheduler, x0, timestep, noise, class_labels=labels, **options)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        values = losses(model, batch.x0, batch.timestep, batch.noise, batch.labels)
+        values = losses(model, batch.x0, batch.timestep, batch.noise, batch.labels if conditional else None)
         if sampler:
             sampler.update(*accelerator.gather((batch.timestep, values.detach())))
         return weighted_mean(values, batch.weight)

@@ -75,6 +75,32 @@ def test_a_batch_larger_than_the_dataset_is_refused() -> None:
         BatchStream(counted_images(4), 5, 10, seed=0)
 
 
+def test_balanced_batches_have_every_class_equally_often_and_every_image_of_it() -> None:
+    labels = torch.tensor([0] * 12 + [1] * 3 + [3] * 5)  # class 2 has no images
+    data = LabelledImages(torch.arange(20).float().view(-1, 1, 1, 1), labels, list("abcd"))
+    stream = BatchStream(data, 4, 10, seed=3, balance_classes=True)
+    batches = [stream(number) for number in range(12)]
+    kinds = torch.cat([batch.labels for batch in batches])
+    seen = torch.cat([batch.x0 for batch in batches]).flatten().long()
+    assert torch.equal(labels[seen], kinds)
+    for end in range(1, 49):
+        counts = torch.bincount(kinds[:end], minlength=4)[[0, 1, 3]]
+        assert counts.max() - counts.min() <= 1
+    for members in (range(12), range(12, 15), range(15, 20)):  # each is seen 16 times, image by image
+        often = torch.bincount(seen, minlength=20)[list(members)]
+        assert often.sum() == 16
+        assert often.max() - often.min() <= 1
+
+
+def test_a_balanced_batch_is_a_function_of_its_number() -> None:
+    data = counted_images(20)._replace(labels=torch.arange(20) // 7)
+    first, second = (BatchStream(data, 5, 10, seed=3, balance_classes=True) for _ in range(2))
+    forwards = [first(number).x0 for number in range(9)]
+    for number in reversed(range(9)):
+        assert torch.equal(second(number).x0, forwards[number])
+    assert not torch.equal(forwards[0], BatchStream(data, 5, 10, seed=4, balance_classes=True)(0).x0)
+
+
 def test_images_kept_and_images_decoded_for_each_batch_give_the_same_bits(tmp_path: Path) -> None:
     sizes = [(9, 9), (9, 14), (13, 9), (20, 20)]
     pictures = [noise_picture(sizes[i % 4], i, "L" if i % 3 == 0 else "RGB") for i in range(24)]

@@ -149,6 +149,9 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path: Path
     for name, value in (("seed", 1), ("learning_rate", 2e-3), ("dropout", 0.5)):
         with pytest.raises(ValueError, match=rf"of another: `{name}` was {RUN.get(name)}, is {value};"):
             check_same_run(checkpoint, {**RUN, name: value}, free)
+    check_same_run(checkpoint, {**RUN, "dropout": 0.0}, free, defaults={"seed": 5, "dropout": 0.0})  # unknown then
+    with pytest.raises(ValueError, match=r"`dropout` was 0.0, is 0.5;"):
+        check_same_run(checkpoint, {**RUN, "dropout": 0.5}, free, defaults={"dropout": 0.0})
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
