@@ -14,19 +14,21 @@ class Augmentation:
 
     Args:
         crop: take a square from anywhere in the image, not from its centre.
-        flip: mirror left and right, every second time.
+        flip: mirror left and right, every second time; all images, or those of the set that are true, bool (N,).
         shift: move by up to this many pixels each way; the border's pixels are repeated outwards.
     """
 
     crop: bool = False
-    flip: bool = False
+    flip: bool | Tensor = False
     shift: int = 0
 
     def __call__(self, images: Any, index: Tensor, generator: torch.Generator) -> Tensor:
         """The images (B, C, H, W) of an index (B,) of an [`ImageSet`], or of a tensor where `crop` is not set."""
         x0 = images.crop(index, torch.rand(len(index), 2, generator=generator)) if self.crop else images[index]
-        if self.flip:
+        if self.flip is not False:
             mirrored = torch.rand(len(x0), 1, 1, 1, generator=generator) < 0.5
+            if isinstance(self.flip, Tensor):
+                mirrored &= self.flip[index].view(-1, 1, 1, 1)
             x0 = torch.where(mirrored, x0.flip(-1), x0)
         return random_shift(x0, self.shift, generator) if self.shift else x0
 

@@ -14,6 +14,7 @@ from ..data.labelled import LabelledImages, load_images
 from ..data.sources import DIGITS
 from .augmentation import Augmentation
 from .config import TrainingSettings
+from .settings import LabelSettings
 from .timesteps import LogSNRSampler, LossSecondMomentSampler
 
 
@@ -54,6 +55,27 @@ def load_training_data(
             f"got {shapes[1]} and {validation.label_names}; use its own test images."
         )
     return data, validation._replace(label_names=data.label_names)
+
+
+def choose_flips(settings: LabelSettings, data: LabelledImages) -> bool | Tensor:
+    """Which images a run mirrors every second time: all, none, or those of some classes, bool (N,).
+
+    Raises:
+        ValueError: for a class that the dataset does not have.
+    """
+    if not settings.random_flip_classes:
+        return settings.random_flip
+    assert data.labels is not None
+    names, chosen = data.label_names, torch.zeros(len(data.label_names), dtype=torch.bool)
+    for given in settings.random_flip_classes:
+        name = str(given)
+        if name not in names and not (name.isdecimal() and int(name) < len(names)):
+            raise ValueError(
+                f"`random_flip_classes` must be classes of the dataset, {', '.join(names)}, or their numbers from 0 to "
+                f"{len(names) - 1}, got {name!r}; name one of these."
+            )
+        chosen[names.index(name) if name in names else int(name)] = True
+    return chosen[data.labels]
 
 
 class Batch(NamedTuple):

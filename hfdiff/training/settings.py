@@ -95,19 +95,32 @@ class LabelSettings(TrainingSettings):
     """Settings of what labels are for.
 
     Args:
-        label_column: the dataset's column of labels; read for a model that is told classes or tells them, and for
-            balance_classes.
+        label_column: the dataset's column of labels; read for a model that is told classes or tells them, and for the
+            settings below.
         balance_classes: draw every class equally often, however many images it has; an epoch has as many images as
             before.
+        random_flip_classes: mirror images of these classes alone left and right, every second time; names or numbers,
+            face,hand or ["left hand", 3].
     """
 
     label_column: str = "label"
     balance_classes: bool = False
+    random_flip_classes: tuple[str | int, ...] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.random_flip_classes, str):
+            self.random_flip_classes = tuple(name.strip() for name in self.random_flip_classes.split(","))
+        if self.random_flip and self.random_flip_classes:
+            raise ValueError(
+                "`random_flip` mirrors the images of every class, got `random_flip_classes` "
+                f"{self.random_flip_classes}, too; leave one out."
+            )
 
     @property
     def needs_labels(self) -> bool:
         """Whether the batches need labels, whatever the model does with them."""
-        return self.balance_classes
+        return self.balance_classes or bool(self.random_flip_classes)
 
 
 @dataclass(kw_only=True)

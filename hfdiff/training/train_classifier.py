@@ -19,7 +19,7 @@ from ..models.noisy_classifier import NoisyClassifier
 from ..pipelines.inputs import has_noise_levels, most_steps
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from .augmentation import Augmentation
-from .batches import BatchStream, load_training_data
+from .batches import BatchStream, choose_flips, load_training_data
 from .card import find_repository, publish, write_card
 from .checkpoints import placed
 from .classifier_report import load_judge, make_monitor, report_gradient, report_noise_levels, report_samples
@@ -76,7 +76,7 @@ def run(settings: ClassifierSettings) -> None:
         check_teacher(teacher, scheduler, data)
         teacher.unet.requires_grad_(False).to(accelerator.device)
         denoiser = without_classes(teacher.unet)  # what differs between the two is the class alone
-    augmentation = Augmentation(not settings.center_crop, settings.random_flip, settings.shift_augmentation)
+    augmentation = Augmentation(not settings.center_crop, choose_flips(settings, data), settings.shift_augmentation)
     batch_size = settings.train_batch_size * accelerator.num_processes
     sampler = LogSNRSampler(scheduler.alphas_cumprod) if settings.time_sampling == "log-snr" else None
     balanced = settings.balance_classes

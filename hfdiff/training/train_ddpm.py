@@ -16,7 +16,7 @@ from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..schedulers.checks import LEARNED_VARIANCES
 from ..schedulers.scheduling_ddpm import DDPMScheduler
 from .augmentation import Augmentation
-from .batches import Batch, BatchStream, derive_seed, load_training_data
+from .batches import Batch, BatchStream, choose_flips, derive_seed, load_training_data
 from .card import find_repository
 from .diffusion_model import DiffusionModel, open_diffusion_model, take_over
 from .finish import common_measures, finish
@@ -56,7 +56,7 @@ def run(settings: DDPMSettings) -> None:
     unet = make_unet(settings, data, start)
     sampler = LossSecondMomentSampler(len(scheduler)) if settings.time_sampling == "loss-second-moment" else None
     batch_size = settings.train_batch_size * accelerator.num_processes
-    augmentation = Augmentation(not settings.center_crop, settings.random_flip)
+    augmentation = Augmentation(not settings.center_crop, choose_flips(settings, data))
     balanced = settings.balance_classes
     batches = BatchStream(
         data, batch_size, len(scheduler), settings.seed, augmentation, sampler, settings.class_dropout, balanced

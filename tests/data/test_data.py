@@ -15,8 +15,9 @@ from hfdiff.data.image_source import images_in_memory, open_images
 from hfdiff.data.images import ImageSet, gather, to_pixels
 from hfdiff.data.labelled import LabelledImages, load_images
 from hfdiff.training.augmentation import Augmentation, random_shift
-from hfdiff.training.batches import BatchStream, load_training_data
+from hfdiff.training.batches import BatchStream, choose_flips, load_training_data
 from hfdiff.training.config import TrainingSettings
+from hfdiff.training.settings import LabelSettings
 
 
 @pytest.fixture(autouse=True)
@@ -205,6 +206,37 @@ def test_flips_are_whole_and_happen_half_the_time() -> None:
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
     assert torch.equal(mirrored, ~(flipped == images).flatten(1).all(1))
     assert abs(mirrored.float().mean() - 0.5) < 0.05  # three standard deviations
+
+
+FLIPS = {
+    "left hand": [True, False, False],
+    "0": [True, False, False],
+    "flag, 2": [False, True, True],
+    ("left hand", 2): [True, False, True],
+}
+
+
+@pytest.mark.parametrize(("given", "classes"), FLIPS.items())
+def test_images_of_some_classes_alone_are_mirrored(given: str | tuple, classes: list[bool]) -> None:
+    images, labels = torch.tensor([1.0, 2.0]).expand(600, 1, 2, 2), torch.arange(600) % 3
+    data = LabelledImages(images, labels, ["left hand", "flag", "face"])
+    some = choose_flips(LabelSettings(random_flip_classes=given), data)
+    index = torch.arange(600).flip(0)
+    every, ours = (
+        Augmentation(flip=flip)(images, index, torch.Generator().manual_seed(0))[:, 0, 0, 0] == 2
+        for flip in (choose_flips(LabelSettings(random_flip=True), data), some)
+    )
+    assert torch.equal(ours, every & torch.tensor(classes)[labels[index]])
+    assert choose_flips(LabelSettings(), data) is False
+
+
+def test_classes_to_mirror_must_be_there() -> None:
+    data = LabelledImages(torch.zeros(2, 1, 2, 2), torch.arange(2), ["face", "flag"])
+    for unknown in ("hand", "2", "-1"):
+        with pytest.raises(ValueError, match=rf"random_flip_classes.*face, flag, or.*from 0 to 1, got '{unknown}'"):
+            choose_flips(LabelSettings(random_flip_classes=f"face,{unknown}"), data)
+    with pytest.raises(ValueError, match=r"`random_flip` mirrors.*'face'.*leave one out"):
+        LabelSettings(random_flip=True, random_flip_classes="face")
 
 
 def test_random_crops_reach_every_place_and_no_other() -> None:

@@ -184,6 +184,15 @@ def test_a_resumed_run_draws_the_same_timesteps(
     assert timesteps.min() >= 10
 
 
+def test_labels_shape_the_batches_of_a_model_that_is_told_none(script: SimpleNamespace, tmp_path: Path) -> None:
+    flags = [*TINY, "--balance_classes", "--bits_per_dim_images", "0", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=r"random_flip_classes.*0, 1, 2.*got 'eleven'"):
+        script.main([*flags, "--random_flip_classes", "8,eleven"])
+    assert not (tmp_path / "run").exists()
+    script.main([*flags, "--random_flip_classes", "[0,8]", "--max_train_steps", "1"])
+    assert DDPMPipeline.from_pretrained(tmp_path / "run").unet.config.num_class_embeds is None
+
+
 def test_the_settings_know_every_schedule() -> None:
     assert set(get_args(BetaSchedule)) == set(BETA_SCHEDULES)
 
