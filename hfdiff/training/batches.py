@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.labelled import LabelledImages, load_images
 from ..data.sources import DIGITS
+from . import geometry
 from .augmentation import Augmentation
 from .config import TrainingSettings
 from .settings import LabelSettings
@@ -87,6 +88,7 @@ class Batch(NamedTuple):
         noise: ε, unit normal, (B, C, H, W).
         labels: classes, int64, (B,), or None.
         weight: importance weights of the losses, (B,), or None where t is uniform.
+        augment_labels: how each image was changed, (B, 9), as in [`geometry`]; None where none is.
     """
 
     x0: Tensor
@@ -94,6 +96,7 @@ class Batch(NamedTuple):
     noise: Tensor
     labels: Tensor | None
     weight: Tensor | None = None
+    augment_labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class BatchStream:
         time_sampler: what to draw t by, instead of uniformly; a batch is then a function of its state, too.
         class_dropout: share of the labels that are K, which stands for no class.
         balance_classes: draw every class equally often.
+        augment_probability: of each change of [`geometry`], by a generator of its own.
 
     Raises:
         ValueError: when there are fewer images than a batch holds.
@@ -127,6 +131,7 @@ class BatchStream:
     time_sampler: LossSecondMomentSampler | LogSNRSampler | None = None
     class_dropout: float = 0.0
     balance_classes: bool = False
+    augment_probability: float = 0.0
 
     def __post_init__(self) -> None:
         if self.batch_size > len(self.data.images):
@@ -154,7 +159,12 @@ class BatchStream:
         if labels is not None and self.class_dropout:
             dropped = torch.rand(len(x0), generator=generator) < self.class_dropout
             labels = labels.masked_fill(dropped, len(self.data.label_names))
-        return Batch(x0, timestep, noise, labels, weight)
+        augment_labels = None
+        if self.augment_probability:
+            own = make_generator(self.seed, "augment", number)
+            augment_labels = geometry.draw_labels(len(x0), self.augment_probability, own)
+            x0 = geometry.change(x0, augment_labels)
+        return Batch(x0, timestep, noise, labels, weight, augment_labels)
 
     def _indices(self, number: int) -> Tensor:
         if self.balance_classes:

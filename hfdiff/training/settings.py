@@ -169,6 +169,8 @@ class DDPMSettings(UNetSettings, MonitorSettings, LabelSettings):
         vlb_weight: of the bound in the hybrid loss.
         snr_gamma: weight the simple loss by min-SNR-γ with this γ.
         time_sampling: "uniform", or "loss-second-moment", which draws timesteps of large losses more often.
+        augment_probability: mirror, scale, turn, stretch and shift the images, each with this probability, and tell the
+            model how, so that its samples are like the images as they are; 0.12 to 0.15 in EDM.
     """
 
     may_change: ClassVar[frozenset[str]] = MonitorSettings.may_change | {"bits_per_dim_images"}
@@ -189,6 +191,7 @@ class DDPMSettings(UNetSettings, MonitorSettings, LabelSettings):
     vlb_weight: NonNegativeFloat = VLB_WEIGHT
     snr_gamma: PositiveFloat | None = None
     time_sampling: Literal["uniform", "loss-second-moment"] = "uniform"
+    augment_probability: ClosedUnitInterval = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,8 +20,9 @@ from .batches import Batch, BatchStream, choose_flips, derive_seed, load_trainin
 from .card import find_repository
 from .diffusion_model import DiffusionModel, open_diffusion_model, take_over
 from .finish import common_measures, finish
+from .geometry import ToldUNet
 from .loop import make_accelerator, train
-from .losses import ddpm_losses, weighted_mean
+from .losses import Model, ddpm_losses, weighted_mean
 from .monitor import BOUND_TERMS, held_out_bound, make_monitor
 from .samples import draw_images
 from .settings import DDPMSettings
@@ -57,19 +58,28 @@ def run(settings: DDPMSettings) -> None:
     sampler = LossSecondMomentSampler(len(scheduler)) if settings.time_sampling == "loss-second-moment" else None
     batch_size = settings.train_batch_size * accelerator.num_processes
     augmentation = Augmentation(not settings.center_crop, choose_flips(settings, data))
-    balanced = settings.balance_classes
     batches = BatchStream(
-        data, batch_size, len(scheduler), settings.seed, augmentation, sampler, settings.class_dropout, balanced
+        data,
+        batch_size,
+        len(scheduler),
+        settings.seed,
+        augmentation,
+        sampler,
+        settings.class_dropout,
+        settings.balance_classes,
+        settings.augment_probability,
     )
+    trained = ToldUNet(unet) if settings.augment_probability else unet
     repository = on_main(accelerator, lambda: find_repository(settings))
     pipe = make_pipeline(unet, scheduler, data)
 
-    def losses(model: nn.Module, x0: Tensor, timestep: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
+    def losses(model: Model, x0: Tensor, timestep: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
         options = {name: getattr(settings, name) for name in ("loss_type", "snr_gamma", "vlb_weight")}
         return ddpm_losses(model, scheduler, x0, timestep, noise, class_labels=labels, **options)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        values = losses(model, batch.x0, batch.timestep, batch.noise, batch.labels if conditional else None)
+        told = model if batch.augment_labels is None else partial(model, augment_labels=batch.augment_labels)
+        values = losses(told, batch.x0, batch.timestep, batch.noise, batch.labels if conditional else None)
         if sampler:
             sampler.update(*accelerator.gather((batch.timestep, values.detach())))
         return weighted_mean(values, batch.weight)
@@ -82,7 +92,7 @@ def run(settings: DDPMSettings) -> None:
         held_out = validation.spread(settings.bits_per_dim_images)
         bound = partial(held_out_bound, unet, scheduler, held_out, settings.seed)
     monitor = make_monitor(settings, accelerator, unet, len(scheduler), losses, draw, data, validation, bound)
-    train(settings, accelerator, unet, batches, loss, stateful=[sampler] if sampler else [], monitor=monitor)
+    train(settings, accelerator, trained, batches, loss, stateful=[sampler] if sampler else [], monitor=monitor)
     if not accelerator.is_main_process:
         return
     measures = common_measures(settings, validation, settings.loss_type)
