@@ -1,4 +1,4 @@
-"""`hfdiff train ddpm|classifier|ncsn`: the trainings, also under `accelerate launch -m hfdiff train …`."""
+"""`hfdiff train guided|ddpm|classifier|ncsn`: the trainings, also under `accelerate launch -m hfdiff train …`."""
 
 import sys
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any
 from .flags import check_path
 
 KINDS = {
+    "guided": "a diffusion model and then a classifier to guide it, in a given time",
     "ddpm": "a denoising diffusion model (Ho et al. 2020)",
     "classifier": "a classifier of noisy images, to guide one (Dhariwal & Nichol 2021)",
     "ncsn": "a noise conditional score network (Song & Ermon 2019, 2020)",
@@ -19,7 +20,9 @@ HELP = """usage: hfdiff train KIND [--config recipe.yaml] [--setting value ...]
 Trains a model with accelerate, and saves it as a folder that opens with `from_pretrained`. Kinds:
 {kinds}
 
-examples, the first three in order:
+examples:
+  hfdiff train guided --train_data_dir my_pictures --output_dir out/mine    # all of it, in 15 minutes
+
   hfdiff train ddpm                                        # digits of scikit-learn, a minute on a CPU
   hfdiff train classifier                                  # to guide what the first one made
   hfdiff train ncsn

@@ -112,6 +112,14 @@ def gather(
     return ImageSet(read if kept is None else partial(_pick, kept), count, channels, size)
 
 
+def select(images: Any, rows: Tensor) -> Any:
+    """Some images of an [`ImageSet`], or of a tensor, by their numbers (N,); those of a set are read when asked for."""
+    if isinstance(images, Tensor):
+        return images[rows]
+    numbers, (_, channels, size, _) = rows.tolist(), images.shape
+    return ImageSet(lambda asked: images.read([numbers[row] for row in asked]), len(numbers), channels, size)
+
+
 def _pick(arrays: list[np.ndarray], rows: Sequence[int]) -> list[np.ndarray]:
     return [arrays[row] for row in rows]
 

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .images import StoredPictures, gather, to_pixels
+from .images import StoredPictures, gather, select, to_pixels
 from .sources import DIGITS, check_column, load_digits, open_dataset, read_file_labels, read_labels
+
+SIDES_READ = 500  # pictures, at most, that tell the size of a dataset's
 
 
 class LabelledImages(NamedTuple):
@@ -22,6 +24,11 @@ class LabelledImages(NamedTuple):
     images: Any  # an `ImageSet`, or a tensor
     labels: Tensor | None
     label_names: list[str]
+
+    def take(self, rows: Tensor) -> "LabelledImages":
+        """Some of the images, by their numbers (N,), read as before."""
+        labels = None if self.labels is None else self.labels[rows]
+        return LabelledImages(select(self.images, rows), labels, self.label_names)
 
     def spread(self, count: int) -> "LabelledImages":
         """At most so many of the images, in memory, spread evenly: a set sorted by class keeps all its classes."""
@@ -76,3 +83,26 @@ def load_images(
         classes = read_labels(dataset, label_column)
     read = StoredPictures(dataset, image_column, source, resolution)
     return LabelledImages(gather(read, len(dataset), resolution, channels, streaming=streaming), *classes)
+
+
+def median_side(
+    source: str, split: str = "train", *, image_column: str = "image", config_name: str | None = None
+) -> int:
+    """The median of the pictures' shorter sides, in pixels, of some hundreds spread over a dataset.
+
+    Args:
+        source: as [`load_images`] takes it, with the following.
+        split: "train" or "test".
+        image_column: the column of images.
+        config_name: which configuration, where there are several.
+
+    Raises:
+        ValueError: as [`load_images`].
+    """
+    if source == DIGITS:
+        return min(load_digits(split)[0][0].size)
+    dataset = open_dataset(source, split, config_name)
+    check_column(dataset, "image_column", image_column, source)
+    rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), SIDES_READ)).round().int().tolist()
+    arrays = StoredPictures(dataset, image_column, source, None)(rows)
+    return int(torch.tensor([min(array.shape[:2]) for array in arrays]).median())

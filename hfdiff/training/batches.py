@@ -30,7 +30,8 @@ def load_training_data(
         channels: the fewest that the images are to have.
 
     Raises:
-        ValueError: as [`load_images`]; when the two have other channels, sizes or classes; or are the same file.
+        ValueError: as [`load_images`]; when the two have other channels, sizes or classes, or are the same file; when
+            there are too few images to hold any out.
     """
     load = partial(
         load_images,
@@ -43,6 +44,8 @@ def load_training_data(
         config_name=settings.dataset_config_name,
     )
     data = load(settings.dataset)
+    if settings.hold_out:
+        return hold_out(data, settings.hold_out, settings.seed)
     source = settings.validation_data or (DIGITS if settings.dataset == DIGITS else None)
     if source is None:
         return data, None
@@ -56,6 +59,26 @@ def load_training_data(
             f"got {shapes[1]} and {validation.label_names}; use its own test images."
         )
     return data, validation._replace(label_names=data.label_names)
+
+
+def hold_out(data: LabelledImages, share: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """The dataset without a share of its images, and that share: one at random of each 1/share images in a row.
+
+    So a dataset sorted by class keeps some of each class in both.
+
+    Raises:
+        ValueError: when there are too few images, or all would be held out.
+    """
+    count, run = len(data.images), round(1 / share)
+    if run < 2 or count < 2 * run:
+        raise ValueError(
+            f"`hold_out` must leave images on both sides, at most 0.5 and two images of {count}, got {share}; give "
+            "another share, or 0."
+        )
+    first = torch.arange(0, count - run + 1, run)
+    held = first + torch.randint(run, first.shape, generator=make_generator(seed, "hold out", 0))
+    kept = torch.ones(count, dtype=torch.bool).scatter_(0, held, False).nonzero()[:, 0]
+    return data.take(kept), data.take(held)
 
 
 def choose_flips(settings: LabelSettings, data: LabelledImages) -> bool | Tensor:

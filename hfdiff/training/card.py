@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..data.labelled import LabelledImages
 from ..data.sources import DIGITS
 from ..hub.repository import open_repository, push
-from .config import TrainingSettings
+from .config import RunSettings
 
 PACKAGES = ("hfdiff", "torch", "diffusers", "accelerate", "datasets")
 NAMES_SHOWN = 20  # classes that a card lists by name
@@ -68,7 +68,7 @@ def write_card(
     folder: str | Path,
     *,
     title: str,
-    settings: TrainingSettings,
+    settings: RunSettings,
     data: LabelledImages,
     numbers: Sequence[Measurement],
     usage: str,
@@ -108,7 +108,7 @@ def write_card(
     ModelCard(content).save(Path(folder, "README.md"))
 
 
-def to_recipe(settings: TrainingSettings) -> str:
+def to_recipe(settings: RunSettings) -> str:
     """All settings of a run as a YAML recipe."""
     plain = json.loads(json.dumps(asdict(settings)))  # YAML knows no tuples and no subclasses of int
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
@@ -137,7 +137,7 @@ def _table(numbers: Sequence[Measurement]) -> str:
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-def find_repository(settings: TrainingSettings) -> str | None:
+def find_repository(settings: RunSettings) -> str | None:
     """The Hub repository that a run is to be published to, which is made if need be; call it before the training.
 
     Args:

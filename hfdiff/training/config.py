@@ -1,7 +1,8 @@
-"""Settings of a training script: a dataclass, filled from its defaults, then a YAML recipe, then flags.
+"""Settings of a training: a dataclass, filled from its defaults, then a YAML recipe, then flags.
 
-A script subclasses [`TrainingSettings`] with fields of its own and calls [`parse_settings`]. Every field is a flag and
-a key of the recipe, under diffusers' name where its example scripts have one; its line under `Args:` is the help.
+A training subclasses [`RunSettings`] or [`TrainingSettings`] with fields of its own and calls [`parse_settings`]. Every
+field is a flag and a key of the recipe, under diffusers' name where its example scripts have one; its line under
+`Args:` is the help.
 """
 
 import argparse
@@ -19,8 +20,8 @@ LearningRateSchedule = Literal[
 
 
 @dataclass(kw_only=True)
-class TrainingSettings:
-    """What every training script needs to know.
+class RunSettings:
+    """What every training is told of its pictures and of where its results go.
 
     Args:
         dataset_name: a Hub id, a local parquet or arrow file, a local folder, or "digits", scikit-learn's 8x8 digits,
@@ -31,11 +32,55 @@ class TrainingSettings:
             digits' own for the digits, otherwise none.
         image_column: the dataset's column of images.
         resolution: resize the images' shorter side to this, then crop a square; default: the images' own size.
-        center_crop: crop that square from the image's centre; without it, from another place in each batch.
-        random_flip: mirror images left and right, every second time.
+        labels_from_names: the classes are what the files of a folder of images are called before the first "_", as in
+            guided-diffusion's class_name.png.
         streaming: decode images for each batch instead of once into memory; default: where they take over 2 GiB.
         output_dir: where checkpoints, `log.jsonl` and the trained model go.
         seed: seed of the weights and of every batch.
+        report_to: a tracker of accelerate's, such as "tensorboard", which writes to `logs` in output_dir and is the
+            default where it is installed, or "none".
+        push_to_hub: publish the result on the Hub.
+        hub_model_id: the repository to publish it in; default: named like output_dir.
+    """
+
+    also_read: ClassVar[Mapping[str, Sequence[str]]] = {}  # further flags of a setting, of earlier versions
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_data_dir: str | None = None
+    validation_data: str | None = None
+    image_column: str = "image"
+    resolution: PositiveInt | None = None
+    labels_from_names: bool = False
+    streaming: bool | None = None
+    output_dir: str = "output"
+    seed: NonNegativeInt = 0
+    report_to: str | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and self.train_data_dir:
+            raise ValueError(
+                f"Expected one of `dataset_name` and `train_data_dir`, got {self.dataset_name!r} and "
+                f"{self.train_data_dir!r}; leave one out."
+            )
+
+    @property
+    def dataset(self) -> str:
+        """The dataset to train on, as [`~hfdiff.data.labelled.load_images`] takes it."""
+        return self.train_data_dir or self.dataset_name or "digits"
+
+
+@dataclass(kw_only=True)
+class TrainingSettings(RunSettings):
+    """What the training of one network is told besides.
+
+    Args:
+        hold_out: share of the training images to keep for measuring, where there is no validation_data; one of each so
+            many in a row, so that a set sorted by class keeps some of each.
+        center_crop: crop that square from the image's centre; without it, from another place in each batch.
+        random_flip: mirror images left and right, every second time.
         train_batch_size: images per process and backward pass.
         gradient_accumulation_steps: backward passes per training step.
         max_train_steps: training steps, that is, updates of the weights.
@@ -54,14 +99,8 @@ class TrainingSettings:
         resume_from_checkpoint: "latest", or the name of a checkpoint in output_dir; without any, "latest" begins anew.
         logging_steps: training steps between two lines of `log.jsonl`.
         validation_steps: training steps between two validations; there is one at the end, too.
-        report_to: a tracker of accelerate's, such as "tensorboard", which writes to `logs` in output_dir and is the
-            default where it is installed, or "none".
-        push_to_hub: publish the result on the Hub.
-        hub_model_id: the repository to publish it in; default: named like output_dir.
         init_from: the folder or Hub id of a model whose weights the training starts from, for fine-tuning; what it
             says of itself (its architecture, noise levels and the like) need not be given.
-        labels_from_names: the classes are what the files of a folder of images are called before the first "_", as in
-            guided-diffusion's class_name.png.
     """
 
     # What a resumed run may give anew: nothing of it reaches the weights.
@@ -82,19 +121,9 @@ class TrainingSettings:
         }
     )
 
-    also_read: ClassVar[Mapping[str, Sequence[str]]] = {}  # further flags of a setting, of earlier versions
-
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    train_data_dir: str | None = None
-    validation_data: str | None = None
-    image_column: str = "image"
-    resolution: PositiveInt | None = None
+    hold_out: ClosedUnitInterval = 0.0
     center_crop: bool = True
     random_flip: bool = False
-    streaming: bool | None = None
-    output_dir: str = "output"
-    seed: NonNegativeInt = 0
     train_batch_size: PositiveInt = 64
     gradient_accumulation_steps: PositiveInt = 1
     max_train_steps: PositiveInt = 2000
@@ -113,28 +142,20 @@ class TrainingSettings:
     resume_from_checkpoint: str | None = None
     logging_steps: PositiveInt = 50
     validation_steps: PositiveInt | None = None
-    report_to: str | None = None
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
     init_from: str | None = None
-    labels_from_names: bool = False
 
     def __post_init__(self) -> None:
-        if self.dataset_name and self.train_data_dir:
-            raise ValueError(
-                f"Expected one of `dataset_name` and `train_data_dir`, got {self.dataset_name!r} and "
-                f"{self.train_data_dir!r}; leave one out."
-            )
+        super().__post_init__()
         if not self.center_crop and self.resolution is None:
             raise ValueError("`center_crop` can be off only with a `resolution` to crop to, got none; give one.")
+        if self.hold_out and self.validation_data:
+            raise ValueError(
+                f"`hold_out` must be 0 with `validation_data`, got {self.hold_out} and {self.validation_data!r}; "
+                "leave one out."
+            )
 
-    @property
-    def dataset(self) -> str:
-        """The dataset to train on, as [`~hfdiff.data.labelled.load_images`] takes it."""
-        return self.train_data_dir or self.dataset_name or "digits"
 
-
-Settings = TypeVar("Settings", bound=TrainingSettings)
+Settings = TypeVar("Settings", bound=RunSettings)
 
 
 def parse_settings(
@@ -178,7 +199,7 @@ def _plain(value: Any) -> Any:
     return kinds[0](value) if kinds else value
 
 
-def _make_parser(cls: type[TrainingSettings], description: str, name: str | None) -> ArgumentParser:
+def _make_parser(cls: type[RunSettings], description: str, name: str | None) -> ArgumentParser:
     usage = "%(prog)s [--config recipe.yaml] [--setting value ...]"
     parser = ArgumentParser(prog=name, description=description, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML recipe; flags win over it.")

@@ -1,5 +1,6 @@
 """The settings of each training. They are checked before slow imports, so nothing here needs torch or diffusers."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -7,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..schedulers.checks import LEARNED_VARIANCES
-from .config import TrainingSettings
+from .config import RunSettings, TrainingSettings
 
 LossType = Literal["simple", "vlb", "hybrid"]
 BetaSchedule = Literal[  # of `schedulers.noise.BETA_SCHEDULES`
@@ -27,6 +28,7 @@ ARCHITECTURE = (
     "norm_num_groups",
     "pool",
 )  # of a new one
+LEAST_SECONDS = 10  # of a time budget
 SAMPLING = {"guidance_scale", "sample_images", "sample_steps", "judge"}  # settings that do not reach the weights
 
 
@@ -323,7 +325,71 @@ class ClassifierSettings(LabelSettings):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-SETTINGS: dict[str, type[TrainingSettings]] = {
+@dataclass(kw_only=True)
+class GuidedSettings(RunSettings):
+    """Settings of a guided pipeline's training, a diffusion model's and then its classifier's; the rest is chosen.
+
+    Args:
+        time_budget: how long it may take, like 15m or 1h30m; sizes and steps are chosen for it by the measured speed.
+        label_column: the dataset's column of labels.
+        hold_out: share of the training images to keep for measuring, where there is no validation_data.
+        balance_classes: draw every class equally often, however many images it has.
+        random_flip: mirror images left and right, every second time.
+        random_flip_classes: mirror images of these classes alone.
+        augment_probability: of each change of the images that the diffusion model is told of.
+        block_out_channels: widths of the diffusion model's UNet, one per level.
+        train_batch_size: images per process and training step.
+        max_train_steps: training steps of the diffusion model.
+        classifier_steps: training steps of the classifier.
+        learning_rate: the peak of the diffusion model's.
+        mixed_precision: the precision of the forward pass (quote "no" in YAML).
+        guidance_scale: the pipeline's default.
+        sample_steps: model calls per drawn image.
+        judge: the folder of another classifier, of clean images, that says which classes the samples show.
+    """
+
+    output_dir: str = "out/digits-guided"
+    time_budget: str = "15m"
+    label_column: str = "label"
+    hold_out: ClosedUnitInterval | None = None
+    balance_classes: bool | None = None
+    random_flip: bool = False
+    random_flip_classes: tuple[str | int, ...] | str | None = None
+    augment_probability: ClosedUnitInterval | None = None
+    block_out_channels: tuple[PositiveInt, ...] | None = None
+    train_batch_size: PositiveInt | None = None
+    max_train_steps: PositiveInt | None = None
+    classifier_steps: PositiveInt | None = None
+    learning_rate: PositiveFloat | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    guidance_scale: NonNegativeFloat = 4.0
+    sample_steps: PositiveInt = 50
+    judge: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.seconds  # noqa: B018 (refuses a budget that is none)
+
+    @property
+    def seconds(self) -> int:
+        """The time budget.
+
+        Raises:
+            ValueError: where it is none.
+        """
+        found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", self.time_budget)
+        hours, minutes, seconds = (int(number or 0) for number in found.groups()) if found else (0, 0, 0)
+        total = 3600 * hours + 60 * minutes + seconds
+        if total < LEAST_SECONDS:
+            raise ValueError(
+                f"`time_budget` must be a time of at least {LEAST_SECONDS}s, like 15m or 1h30m, got "
+                f"{self.time_budget!r}."
+            )
+        return total
+
+
+SETTINGS: dict[str, type[RunSettings]] = {
+    "guided": GuidedSettings,
     "ddpm": DDPMSettings,
     "classifier": ClassifierSettings,
     "ncsn": NCSNSettings,

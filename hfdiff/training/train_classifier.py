@@ -4,6 +4,7 @@ With `diffusion_model` the whole guided pipeline is saved, otherwise the classif
 any takes the model that a bare `hfdiff train ddpm` leaves, where there is one.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from ..pipelines.inputs import has_noise_levels, most_steps
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from .augmentation import Augmentation
 from .batches import BatchStream, choose_flips, load_training_data
-from .card import find_repository, publish, write_card
+from .card import Measurement, find_repository, publish, write_card
 from .checkpoints import placed
 from .classifier_report import load_judge, make_monitor, report_gradient, report_noise_levels, report_samples
+from .config import RunSettings
 from .diffusion_model import DiffusionModel, Levels, make_levels, model_folder, noise_schedule, open_diffusion_model
 from .finish import tell_what_was_made
 from .loop import Loss, make_accelerator, train
@@ -47,8 +49,14 @@ classifier = NoisyClassifier.from_pretrained("{folder}")
 names = classifier.id2label  # logits: classifier(noisy_images, timestep).logits"""
 
 
-def run(settings: ClassifierSettings) -> None:
-    """Trains the classifier of the settings, measures and saves it."""
+def run(settings: ClassifierSettings, recipe: RunSettings | None = None, measured: Sequence[Measurement] = ()) -> None:
+    """Trains the classifier of the settings, measures and saves it.
+
+    Args:
+        settings: of the run.
+        recipe: what the card shows, where the run is part of another; by default the settings.
+        measured: numbers of the diffusion model, for the card.
+    """
     settings = find_diffusion_model(settings)
     teacher = open_teacher(settings) if settings.teacher else None
     guided = open_diffusion_model(settings.diffusion_model) if settings.diffusion_model else teacher
@@ -88,7 +96,7 @@ def run(settings: ClassifierSettings) -> None:
     loss = make_loss(settings, denoiser, teacher and teacher.unet, scheduler, len(data.label_names))
     train(settings, accelerator, classifier, batches, loss, monitor=monitor)
     if accelerator.is_main_process:
-        finish(settings, pipe or classifier, scheduler, data, validation, repository)
+        finish(settings, pipe or classifier, scheduler, data, validation, repository, recipe or settings, measured)
 
 
 def find_diffusion_model(settings: ClassifierSettings) -> ClassifierSettings:
@@ -260,6 +268,8 @@ def finish(
     data: LabelledImages,
     validation: LabelledImages | None,
     repository: str | None,
+    recipe: RunSettings,
+    measured: Sequence[Measurement],
 ) -> None:
     """Saves what was trained, measures it, writes its card, and publishes it where a repository is named."""
     guided = isinstance(trained, ClassifierGuidedPipeline)
@@ -279,9 +289,9 @@ def finish(
         write_card(
             folder,
             title="Classifier-guided diffusion" if guided else "A classifier of noisy images",
-            settings=settings,
+            settings=recipe,
             data=data,
-            numbers=numbers,
+            numbers=[*measured, *numbers],
             usage=usage,
             tags=["classifier-guidance"],
             pipeline_tag="unconditional-image-generation" if guided else "image-classification",
