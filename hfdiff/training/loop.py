@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .batches import Batch, derive_seed
 from .checkpoints import check_same_run, checkpoint_step, choose_checkpoint, read_checkpoint, write_checkpoint
 from .config import TrainingSettings
 from .log import TrainingLog, choose_tracker
+from .power_average import drop_averages, is_written, write_averages
 from .state import Stateful, TrainingState
 
 Batches = Callable[[int], Batch]
@@ -127,6 +129,7 @@ def train(
     if checkpoint:
         state.restore(on_main(accelerator, lambda: read_checkpoint(checkpoint)), start)
     on_main(accelerator, lambda: remove_leftovers(folder))
+    on_main(accelerator, lambda: drop_averages(folder, start))
     signum = 0
     with StopRequest(accelerator) as request, log.running(start):
         for step in range(start + 1, settings.max_train_steps + 1):
@@ -135,6 +138,9 @@ def train(
             value = update(accelerator, state.model, state.optimizer, loss, own, settings.max_grad_norm)
             state.advance()
             log.add(step, value, lr)
+            if is_written(step, settings.max_train_steps, settings.average_snapshots):
+                averages = state.power_averages()
+                on_main(accelerator, partial(write_averages, folder, step, averages))
             if monitor and is_due(step, settings.validation_steps, settings):
                 log.validation(step, measure(monitor, step, settings, state))
             signum = request.agreed()
