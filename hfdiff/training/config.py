@@ -50,7 +50,8 @@ class TrainingSettings:
         average_snapshots: how often in the run to write down two further averages of the weights, of which
             `hfdiff average` makes one of any length afterwards; each time takes twice the model's size on the disk. 0
             keeps none.
-        mixed_precision: the precision of the forward pass (quote "no" in YAML); default: accelerate's configuration.
+        mixed_precision: the precision of the forward pass (quote "no" in YAML); "auto" is bf16 where the hardware
+            computes in it, else float32; default: accelerate's configuration.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         checkpointing_steps: training steps between two checkpoints; there is one at the end, too.
         checkpoints_total_limit: checkpoints to keep, the newest; default: all.
@@ -110,7 +111,7 @@ class TrainingSettings:
     use_ema: bool = True
     ema_decay: ClosedUnitInterval = 0.999
     average_snapshots: NonNegativeInt = 0
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = None
     gradient_checkpointing: bool = False
     checkpointing_steps: PositiveInt = 500
     checkpoints_total_limit: PositiveInt | None = None

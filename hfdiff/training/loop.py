@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from ..data.files import remove_leftovers
 from ..data.process import StopRequest, keep_freed_memory, on_main
+from ..pipelines.optimization import fastest_dtype
 from .batches import Batch, derive_seed
 from .checkpoints import check_same_run, checkpoint_step, choose_checkpoint, read_checkpoint, write_checkpoint
 from .config import TrainingSettings
@@ -51,7 +52,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     tracker = choose_tracker(settings.report_to)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # without this, accelerate's processes on CPUs do not meet
-        mixed_precision=settings.mixed_precision,
+        mixed_precision=choose_precision(settings.mixed_precision),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation_steps),
         step_scheduler_with_optimizer=False,  # the loop steps it, once per training step for any number of processes
         log_with=tracker,
@@ -63,6 +64,14 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         accelerator.print("Without tensorboard, only log.jsonl is written; `pip install tensorboard` for curves.")
     torch.manual_seed(settings.seed)
     return accelerator
+
+
+def choose_precision(mixed_precision: str | None) -> str | None:
+    """The same, where it is not "auto": that is bf16 where this machine's device computes in it, else "no"."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return "bf16" if fastest_dtype(device) == torch.bfloat16 else "no"
 
 
 def _shard_on_cpus(accelerator: Accelerator) -> None:
