@@ -4,12 +4,12 @@ A model that predicts noise divides its errors by √ᾱ where the noise is larg
 it is the first that goes wrong in small colour sets.
 """
 
-import logging
-from collections.abc import Sequence
+import sys
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..data.labelled import LabelledImages
 
@@ -18,8 +18,6 @@ MOST_IMAGES, BATCH_SIZE = 5000, 256  # of the data, spread over it
 FAR = 5.0  # standard errors
 LEAST = 1 / 255  # deviation, of images of one colour: half a step of bytes
 ERRS_AT_NOISE = ("epsilon", "score")
-
-logger = logging.getLogger(__name__)
 
 
 def mean_colours(images: Tensor) -> Tensor:
@@ -79,12 +77,12 @@ class ColourDrift:
         """
         was_far, self.is_far = self.is_far, any(abs(value) > FAR for value in drift.values())
         if self.is_far and (again or not was_far):
-            logger.warning("%s", describe(drift, count, self.prediction_type))
+            tqdm.write(describe(drift, count, self.prediction_type), file=sys.stderr)
 
 
 def describe(drift: dict[str, float], count: int, prediction_type: str) -> str:
     """A sentence on a drift and its remedy."""
-    found: Sequence[str] = [f"{name.removeprefix('drift_')} by {value:+.1f}" for name, value in drift.items()]
+    found = [f"{name.removeprefix('drift_')} by {value:+.1f}" for name, value in drift.items()]
     remedy = (
         f"`--prediction_type v_prediction` or `sample` keeps it where {prediction_type!r} does not"
         if prediction_type in ERRS_AT_NOISE

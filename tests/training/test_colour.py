@@ -1,7 +1,5 @@
 """Whether samples have the data's mean colour, and what is said when they have not."""
 
-import logging
-
 import pytest
 import torch
 from torch import Tensor
@@ -54,16 +52,14 @@ def test_classes_count_as_often_as_they_are_drawn() -> None:
     assert ColourDrift(data, None, "epsilon").expected[0].item() == pytest.approx(-0.8)
 
 
-def test_it_is_said_when_the_colour_leaves_and_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_said_when_the_colour_leaves_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     drift = ColourDrift(LabelledImages(torch.zeros(2, 3, 2, 2), None, []), None, "epsilon")
     said = []
-    with caplog.at_level(logging.WARNING):
-        for value, again in ((6.0, False), (7.0, False), (2.0, False), (-8.0, False), (9.0, True), (1.0, True)):
-            before = len(caplog.records)
-            drift.warn({"drift_red": value, "drift_green": 0.5}, 64, again=again)
-            said.append(len(caplog.records) > before)
-    assert said == [True, False, False, True, True, False]
-    assert "red by +6.0, green by +0.5 standard errors of the mean of 64 images" in caplog.messages[0]
+    for value, again in ((6.0, False), (7.0, False), (2.0, False), (-8.0, False), (9.0, True), (1.0, True)):
+        drift.warn({"drift_red": value, "drift_green": 0.5}, 64, again=again)
+        said.append(capsys.readouterr().err)
+    assert [bool(text) for text in said] == [True, False, False, True, True, False]
+    assert "red by +6.0, green by +0.5 standard errors of the mean of 64 images" in said[0]
 
 
 def test_the_remedy_depends_on_what_is_predicted() -> None:
