@@ -5,10 +5,10 @@ import re
 import sys
 from collections.abc import Sequence
 
-from .commands import bits_per_dim, convert, demo, evaluate, push, push_space, sample, sweep, train
+from .commands import average, bits_per_dim, convert, demo, evaluate, push, push_space, sample, sweep, train
 from .data.process import is_first_process
 
-COMMANDS = (demo, sample, evaluate, sweep, bits_per_dim, convert, push, push_space)
+COMMANDS = (demo, sample, evaluate, sweep, bits_per_dim, average, convert, push, push_space)
 EXAMPLES = """examples:
   hfdiff demo
   hfdiff sample --class_labels 3 1 4

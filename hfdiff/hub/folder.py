@@ -21,7 +21,15 @@ from ..sampling.settings import SamplingSettings
 from .card import CARD, PICTURE, complete_card
 
 CONFIG = "config.json"
-NOT_PUBLISHED = ["checkpoint-*", "logs/*", "*.jsonl", f"*{PARTIAL}*", ".git/*", ".cache/*"]  # `*` also matches slashes
+NOT_PUBLISHED = [
+    "checkpoint-*",
+    "averages/*",
+    "logs/*",
+    "*.jsonl",
+    f"*{PARTIAL}*",
+    ".git/*",
+    ".cache/*",
+]  # `*` also matches slashes
 PICKLES = ["*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl"]
 PICTURED = 10  # images
 

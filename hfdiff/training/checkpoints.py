@@ -2,6 +2,7 @@
 
     checkpoint-N/model.safetensors     the weights, under the model's own names
                  average.safetensors   their moving average, under the same names, where the run keeps one
+                 average-0.05.safetensors, average-0.10.safetensors   further ones, of [`power_average`]
                  training.pt           the optimizer, the learning rate and whatever else the run remembers
                  manifest.json         step and settings of the run, size and SHA-256 of each file
 

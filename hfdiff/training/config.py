@@ -92,7 +92,11 @@ class TrainingSettings(RunSettings):
         max_grad_norm: the gradient is scaled down to this norm.
         use_ema: keep an exponential moving average of the weights, and save that at the end.
         ema_decay: its decay per training step, approached as (1 + n) / (10 + n) in the first n steps.
-        mixed_precision: the precision of the forward pass (quote "no" in YAML); default: accelerate's configuration.
+        average_snapshots: how often in the run to write down two further averages of the weights, of which
+            `hfdiff average` makes one of any length afterwards; each time takes twice the model's size on the disk. 0
+            keeps none.
+        mixed_precision: the precision of the forward pass (quote "no" in YAML); "auto" is bf16 where the hardware
+            computes in it, else float32; default: accelerate's configuration.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         checkpointing_steps: training steps between two checkpoints; there is one at the end, too.
         checkpoints_total_limit: checkpoints to keep, the newest; default: all.
@@ -135,7 +139,8 @@ class TrainingSettings(RunSettings):
     max_grad_norm: PositiveFloat = 1.0
     use_ema: bool = True
     ema_decay: ClosedUnitInterval = 0.999
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    average_snapshots: NonNegativeInt = 0
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = None
     gradient_checkpointing: bool = False
     checkpointing_steps: PositiveInt = 500
     checkpoints_total_limit: PositiveInt | None = None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 NUM_LABELS = 9
 SCALE = 0.2 * math.log(2)  # of a label of 1, as a natural logarithm
+OF_UNET = "unet."  # the UNet's own tensors among those of a `ToldUNet`
 SHIFT = 0.125  # of a label of 1, in sizes of the picture
 
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from torch.optim import Optimizer
 
 from ..data.files import remove_leftovers
 from ..data.process import StopRequest, keep_freed_memory, on_main
+from ..pipelines.optimization import fastest_dtype
 from .batches import Batch, derive_seed
 from .checkpoints import check_same_run, checkpoint_step, choose_checkpoint, read_checkpoint, write_checkpoint
 from .config import TrainingSettings
 from .log import TrainingLog, choose_tracker
+from .power_average import drop_averages, is_written, write_averages
 from .state import Stateful, TrainingState
 
 Batches = Callable[[int], Batch]
@@ -49,7 +52,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     tracker = choose_tracker(settings.report_to)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # without this, accelerate's processes on CPUs do not meet
-        mixed_precision=settings.mixed_precision,
+        mixed_precision=choose_precision(settings.mixed_precision),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.gradient_accumulation_steps),
         step_scheduler_with_optimizer=False,  # the loop steps it, once per training step for any number of processes
         log_with=tracker,
@@ -61,6 +64,14 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         accelerator.print("Without tensorboard, only log.jsonl is written; `pip install tensorboard` for curves.")
     torch.manual_seed(settings.seed)
     return accelerator
+
+
+def choose_precision(mixed_precision: str | None) -> str | None:
+    """The same, where it is not "auto": that is bf16 where this machine's device computes in it, else "no"."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return "bf16" if fastest_dtype(device) == torch.bfloat16 else "no"
 
 
 def _shard_on_cpus(accelerator: Accelerator) -> None:
@@ -127,6 +138,7 @@ def train(
     if checkpoint:
         state.restore(on_main(accelerator, lambda: read_checkpoint(checkpoint)), start)
     on_main(accelerator, lambda: remove_leftovers(folder))
+    on_main(accelerator, lambda: drop_averages(folder, start))
     signum = 0
     with StopRequest(accelerator) as request, log.running(start):
         for step in range(start + 1, settings.max_train_steps + 1):
@@ -135,6 +147,9 @@ def train(
             value = update(accelerator, state.model, state.optimizer, loss, own, settings.max_grad_norm)
             state.advance()
             log.add(step, value, lr)
+            if is_written(step, settings.max_train_steps, settings.average_snapshots):
+                averages = state.power_averages()
+                on_main(accelerator, partial(write_averages, folder, step, averages))
             if monitor and is_due(step, settings.validation_steps, settings):
                 log.validation(step, measure(monitor, step, settings, state))
             signum = request.agreed()

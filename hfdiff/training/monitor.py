@@ -17,6 +17,7 @@ from ..evaluation.statistics import FeatureStatistics, RunningStatistics, load_s
 from ..models.noisy_classifier import NoisyClassifier
 from ..schedulers.scheduling_ddpm import DDPMScheduler
 from .batches import make_generator
+from .colour import ColourDrift
 from .loop import Monitor
 from .samples import save_grid
 from .settings import MonitorSettings
@@ -61,6 +62,7 @@ def make_monitor(
     held_out = validation.spread(settings.validation_images) if validation else None
     classifier = load_features(settings.fid_features, data).to(accelerator.device) if settings.fid_features else None
     folder = Path(settings.output_dir)
+    drift = ColourDrift(data, drawn_classes(settings, data), settings.prediction_type)
 
     @cache
     def real(classifier: NoisyClassifier) -> FeatureStatistics:
@@ -79,10 +81,26 @@ def make_monitor(
             kept = real(classifier)
             numbers["frechet_distance"] = frechet_distance(fake.mean, fake.covariance, kept.mean, kept.covariance)
         if settings.sample_images:
-            save_grid(draw(settings.sample_images), grid_path(folder, step))
+            images = draw(settings.sample_images)
+            save_grid(images, grid_path(folder, step))
+            numbers |= (away := drift.measure(images))
+            drift.warn(away, len(images), again=step == settings.max_train_steps)
         return numbers
 
     return monitor
+
+
+def drawn_classes(settings: MonitorSettings, data: LabelledImages) -> Tensor | None:
+    """The classes of a grid's images, in their shares; None where they come as in the data.
+
+    A model that is told classes draws them in turn; one that is trained on balanced classes draws them alike.
+    """
+    if getattr(settings, "class_conditional", False):
+        return torch.arange(settings.sample_images) % len(data.label_names)
+    if getattr(settings, "balance_classes", False):
+        assert data.labels is not None
+        return data.labels.unique()
+    return None
 
 
 def grid_path(folder: Path, step: int) -> Path:

@@ -131,8 +131,10 @@ class MonitorSettings(TrainingSettings):
 
     Args:
         validation_images: images of the validation data, at most, whose loss is measured.
-        sample_images: images of the grid `samples/step-N.png`; 0 draws none.
+        sample_images: images of the grid `samples/step-N.png`, whose mean colour is compared to the data's; 0 draws
+            none.
         sample_steps: model calls per drawn image.
+        prediction_type: what the model predicts.
         fid_features: the folder of a NoisyClassifier; measures the Fréchet distance to the dataset in its features.
         fid_images: images drawn for that.
     """
@@ -148,6 +150,7 @@ class MonitorSettings(TrainingSettings):
     validation_images: PositiveInt = 1000
     sample_images: NonNegativeInt = 64
     sample_steps: PositiveInt = 50
+    prediction_type: str = "epsilon"
     fid_features: str | None = None
     fid_images: PositiveInt = 1000
 

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .checkpoints import Snapshot
 from .config import TrainingSettings
+from .power_average import KEPT, PowerAverage, average_name
 
 # Whole tensors under the model's own names, however it is wrapped, compiled or sharded; on the main process alone.
 ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -74,39 +75,42 @@ class TrainingState:
         trained.train()
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(trained, *make_optimizer(settings, trained))
         self.decay = settings.ema_decay if settings.use_ema else None
-        self.average = self._new_average(0)
+        self.powers = KEPT if settings.average_snapshots else ()
+        self._start_averages(0)
         self.stateful = [item for item in (self.lr_scheduler, accelerator.scaler, *stateful) if item is not None]
 
-    def _new_average(self, step: int) -> EMAModel | None:
-        """The moving average, which starts from the present weights."""
-        if self.decay is None:
-            return None
+    def _start_averages(self, step: int) -> None:
+        """The moving average to publish, if any, and further ones: all start from the present weights."""
         foreach = not self.sharded  # which torch has for whole tensors only
-        average = EMAModel(self.model.parameters(), decay=self.decay, foreach=foreach)
-        average.optimization_step = step
-        return average
+        parameters = list(self.model.parameters())
+        self.average = None if self.decay is None else EMAModel(parameters, decay=self.decay, foreach=foreach)
+        self.averages: dict[str, EMAModel] = {} if self.average is None else {"average": self.average}
+        for sigma_rel in self.powers:
+            self.averages[average_name(sigma_rel)] = PowerAverage(parameters, sigma_rel, foreach)
+        for average in self.averages.values():
+            average.optimization_step = step
 
     def advance(self) -> None:
         """What follows each update of the weights."""
         self.lr_scheduler.step()
-        if self.average:
-            self.average.step(self.model.parameters())
+        for average in self.averages.values():
+            average.step(self.model.parameters())
 
     def snapshot(self) -> Snapshot:
         """The whole state, on the main process; all must ask for it."""
         weights = {"model": self._weights()}
-        if self.average:
-            with self._averaged():
-                weights["average"] = self._weights()
+        for name, average in self.averages.items():
+            weights[name] = self._weights(average)
         optimizer = get_optimizer_state_dict(self.model, self._torch_optimizer, options=ON_MAIN)
         others = [item.state_dict() for item in self.stateful]
         return Snapshot(weights, {"optimizer": optimizer, "stateful": others})
 
     def restore(self, snapshot: Snapshot, step: int) -> None:
         """Takes up the state after `step` training steps, which every process has whole."""
-        if self.average:
-            self._load(snapshot.weights["average"])
-            self.average = self._new_average(step)
+        self._start_averages(step)
+        for name, average in self.averages.items():
+            self._load(snapshot.weights[name])
+            average.shadow_params = [parameter.clone().detach() for parameter in self.model.parameters()]
         optimizer = snapshot.training["optimizer"]
         set_optimizer_state_dict(self.model, self._torch_optimizer, optimizer, options=EVERYWHERE)
         for group in self._torch_optimizer.param_groups:
@@ -115,10 +119,14 @@ class TrainingState:
         for item, state in zip(self.stateful, snapshot.training["stateful"], strict=True):
             item.load_state_dict(state)
 
+    def power_averages(self) -> dict[float, dict[str, Tensor]]:
+        """The further averages by length, on the main process; all must ask for them."""
+        return {sigma_rel: self._weights(self.averages[average_name(sigma_rel)]) for sigma_rel in self.powers}
+
     @contextmanager
     def published(self) -> Iterator[None]:
         """The model as it would be published now, in evaluation mode; afterwards it is in training again."""
-        with self._averaged():
+        with self._swapped(self.average):
             self._show()
             self.original.eval()
             try:
@@ -139,26 +147,28 @@ class TrainingState:
     def _torch_optimizer(self) -> Optimizer:
         return self.optimizer.optimizer  # of accelerate's wrapper
 
-    def _weights(self) -> dict[str, Tensor]:
-        weights: dict[str, Any] = get_model_state_dict(self.model, options=ON_MAIN)
-        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
+    def _weights(self, average: EMAModel | None = None) -> dict[str, Tensor]:
+        """Of the model, or of an average."""
+        with self._swapped(average):
+            weights: dict[str, Any] = get_model_state_dict(self.model, options=ON_MAIN)
+            return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
 
     def _load(self, weights: dict[str, Any]) -> None:
         set_model_state_dict(self.model, weights, options=EVERYWHERE)
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The moving average, if any, in the place of the weights."""
-        if not self.average:
+    def _swapped(self, average: EMAModel | None) -> Iterator[None]:
+        """An average, if any, in the place of the weights."""
+        if not average:
             yield
             return
         parameters = list(self.model.parameters())
-        self.average.store(parameters)
-        self.average.copy_to(parameters)
+        average.store(parameters)
+        average.copy_to(parameters)
         try:
             yield
         finally:
-            self.average.restore(parameters)
+            average.restore(parameters)
 
     def _show(self) -> None:
         if self.sharded:

@@ -243,13 +243,15 @@ def make_loss(settings: ClassifierSettings, unet: Any, teacher: Any, scheduler: 
     """The weighted sum of the two losses; one of weight 0 is not computed."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:  # a `Batch` with labels
-        terms = []
+        terms, drawn = [], (batch.x0, batch.timestep, batch.noise)
         if settings.classification_weight:
             labels = smooth_labels(batch.labels, classes, settings.label_smoothing)
-            cross_entropy = classification_loss(model, scheduler, *batch._replace(labels=labels))
+            cross_entropy = classification_loss(model, scheduler, *drawn, labels, batch.weight)
             terms.append(settings.classification_weight * cross_entropy)
         if settings.guided_denoising_weight:
-            denoising = guided_denoising_loss(model, unet, scheduler, *batch, teacher=teacher)
+            denoising = guided_denoising_loss(
+                model, unet, scheduler, *drawn, batch.labels, batch.weight, teacher=teacher
+            )
             terms.append(settings.guided_denoising_weight * denoising)
         return torch.stack(terms).sum()
 

@@ -16,7 +16,14 @@ from hfdiff.training import log as training_log
 from hfdiff.training.batches import Batch
 from hfdiff.training.config import TrainingSettings
 from hfdiff.training.log import choose_tracker
-from hfdiff.training.loop import count_steps, enable_gradient_checkpointing, make_accelerator, train, update
+from hfdiff.training.loop import (
+    choose_precision,
+    count_steps,
+    enable_gradient_checkpointing,
+    make_accelerator,
+    train,
+    update,
+)
 
 
 def settings_of(folder: Path, **changes: object) -> TrainingSettings:
@@ -144,3 +151,13 @@ def test_errors_of_the_user_or_the_machine_are_one_line(error: Exception, capsys
 def test_errors_of_the_program_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 // 0, "train.py")
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(torch.bfloat16, "bf16"), (torch.float32, "no")])
+def test_precision_is_chosen_by_hardware_where_that_is_asked(
+    fast: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hfdiff.training.loop.fastest_dtype", lambda device: fast)
+    assert choose_precision("auto") == expected
+    for given in (None, "no", "bf16", "fp16"):
+        assert choose_precision(given) == given

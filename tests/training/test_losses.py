@@ -67,7 +67,7 @@ def test_ddpm_loss_is_zero_for_the_target_and_its_energy_for_a_zero_model(kind: 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_min_snr_gives_the_same_loss_whatever_is_predicted(kind: str) -> None:
     scheduler = DDPMScheduler(prediction_type=kind, beta_schedule="squaredcos_cap_v2")
-    x0, _, noise = batch_of((4, 1, 3, 3), scheduler)
+    x0, _, noise = batch_of((4, 3, 3, 3), scheduler)
     t = torch.tensor([0, 200, 500, 998])  # SNR on both sides of γ
     alpha_bar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     guess = x0 + torch.randn_like(x0)
