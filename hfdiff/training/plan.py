@@ -1,5 +1,6 @@
 """Sizes and steps of a guided pipeline's training, for the pictures, the machine's measured speed and a time budget."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from .unet import build_unet
 
 DIFFUSION, CLASSIFIER = 0.6, 0.2  # shares of the time; the rest is for reading, measuring and drawing
 WIDTHS = (16, 32, 48, 64, 96, 128, 192)  # of a UNet's first level; those below have twice that
+MOST_GROUPS, HEAD_DIM = 8, 16
 SMALLEST_MAP = 8  # pixels, of the last level
 IMAGES = 100_000  # that a network should see at least, the same ones again and again
 FEW_IMAGES = 5_000  # below which they are augmented
@@ -150,8 +152,14 @@ def _choose_widths(images: Tensor, device: torch.device, precision: str, seconds
 
 
 def unet_settings(widths: Sequence[int]) -> dict[str, Any]:
-    """What a UNet of these widths has besides."""
-    return {"block_out_channels": tuple(widths), "norm_num_groups": 8, "attention_head_dim": 16, "attention": (-1,)}
+    """What a UNet of these widths has besides: groups of at least two channels, heads that divide them."""
+    groups = math.gcd(MOST_GROUPS, *(width // 2 for width in widths))
+    return {
+        "block_out_channels": tuple(widths),
+        "norm_num_groups": groups,
+        "attention_head_dim": math.gcd(HEAD_DIM, *widths),
+        "attention": (-1,),
+    }
 
 
 def classifier_settings(size: int) -> dict[str, Any]:
