@@ -51,7 +51,7 @@ from .outputs import (
     format_images,
 )
 from .recurrence import Recurrence, check_recurrence
-from .several_classifiers import joint_labels, joint_scales, members_of
+from .several_classifiers import joint_labels, joint_scales, main_classifier, members_of
 from .steps import scheduler_guides, set_timesteps, step_options
 from .training_free import GuidanceAtX0, GuidanceMethod, check_method
 from .twisted import Particles, check_num_particles
@@ -145,7 +145,8 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         Args:
             class_labels: a class index or name (of `id2label`), a sequence or (B,) tensor of them, or a (B, K) tensor
                 of class probabilities; `Both("3", "8")`, `Either(…)` and `Not(…)` stand for a label, too; None draws
-                `batch_size` images unguided. For several classifiers, a dictionary of such labels.
+                `batch_size` images unguided. For several classifiers, a dictionary of such labels; without one, they
+                are those of the first classifier.
             guidance_scale: w ≥ 0: one for all, a (B,) tensor, or a function of progress (0 at the first step, 1 at the
                 last) that gives either. 0 is off: the classifier is not run. Default: `default_guidance_scale`. For
                 several classifiers, a dictionary of numbers, or one number for all.
@@ -456,14 +457,14 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Names of the classes: the classifier's, else the pipeline's own; empty where they have none."""
-        names = config_of(self.classifier, "id2label") or self.config.id2label or {}
+        """Names of the classes: those of the first classifier, else the pipeline's own; empty where they have none."""
+        names = config_of(main_classifier(self.classifier), "id2label") or self.config.id2label or {}
         return {int(index): str(name) for index, name in names.items()}
 
     @property
     def num_classes(self) -> int | None:
-        """K; None where neither classifier nor UNet says."""
-        counts = (config_of(self.classifier, "num_classes"), config_of(self.unet, "num_class_embeds"))
+        """K of the first classifier, or of the UNet; None where neither says."""
+        counts = (config_of(main_classifier(self.classifier), "num_classes"), config_of(self.unet, "num_class_embeds"))
         if self.classifier is None and self.config.id2label:
             return len(self.config.id2label)
         return next((count for count in counts if count is not None), None)

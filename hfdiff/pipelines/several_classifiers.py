@@ -23,6 +23,11 @@ def members_of(classifier: Any) -> dict[str, Any]:
     return dict(classifier.members.items()) if type(classifier).__name__ == "ClassifierSet" else {}
 
 
+def main_classifier(classifier: Any) -> Any:
+    """The one whose labels need no name: the first of a set, or the classifier itself."""
+    return next(iter(members_of(classifier).values()), classifier)
+
+
 def check_names(argument: str, given: Any, members: Mapping[str, Any]) -> None:
     """Refuses anything but a dictionary of known classifiers.
 
@@ -43,13 +48,15 @@ def joint_labels(class_labels: Any, members: Mapping[str, Any], scales: Mapping[
 
     Args:
         class_labels: labels of each image by classifier, as a pipeline of that one takes them; one left out does not
-            guide.
+            guide. Without a dictionary, those of the first classifier.
         members: the classifiers.
         scales: w of each.
 
     Raises:
         ValueError: for an unknown classifier or label, or unequal numbers of labels.
     """
+    if not isinstance(class_labels, Mapping):
+        class_labels = {next(iter(members)): class_labels}
     check_names("class_labels", class_labels, members)
     counts = {name: config_of(member, "num_classes") for name, member in members.items()}
     unknown = sorted(name for name, count in counts.items() if count is None)

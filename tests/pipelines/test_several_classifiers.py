@@ -91,6 +91,9 @@ def test_one_classifier_left_out_is_the_other_alone() -> None:
     alone = draw(make_pipeline(KIND), ["dog"], 1.5)
     torch.testing.assert_close(draw(PIPE, {"kind": "dog"}, 1.5), alone)
     torch.testing.assert_close(draw(PIPE, {"kind": Either("dog")}, {"kind": 1.5}), alone)
+    torch.testing.assert_close(draw(PIPE, "dog", 1.5), alone)
+    assert PIPE.id2label == {0: "cat", 1: "dog"}
+    assert PIPE.num_classes == 2
 
 
 def test_scales_of_zero_run_no_classifier() -> None:
@@ -163,8 +166,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path) -> None:
     calls = PIPE.unet.calls
     for labels, scale, words in [
         ({"colour": "red"}, None, r"`class_labels` must name classifiers among \['kind', 'style'\], got \['colour'\]"),
-        (["cat"], None, "`class_labels` must be a dictionary by classifier"),
         ({"kind": "ink"}, None, "names among"),
+        ("ink", None, "names among"),
         ({"kind": "cat"}, {"colour": 2.0}, "`guidance_scale` must name classifiers"),
         ({"kind": "cat"}, {"kind": -1.0}, "`guidance_scale` of 'kind' must be a finite number"),
         ({"kind": "cat"}, torch.ones(1), "`guidance_scale` of 'kind' must be"),
