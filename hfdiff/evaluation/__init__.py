@@ -12,6 +12,7 @@ __all__ = lazy_names(
         "..sampling.settings": "SamplingSettings",
         ".accuracy": "ClassAccuracy class_accuracy",
         ".bits_per_dim": "BitsPerDim bits_per_dim spread_timesteps",
+        ".copies": "Copies Neighbours copy_ratios copy_threshold measure_copies nearest_neighbours share_of_copies",
         ".evaluate": "Evaluator evaluate",
         ".feature_set": "Reference compute_statistics open_reference",
         ".features": "ImageFeatures ModuleFeatures",

@@ -15,6 +15,7 @@ METRIC_NAMES = (
     "worst_class_accuracy",
 )  # of `metric_set.METRICS`
 OF_SUMS, OF_IMAGES = ("fid", "fid_infinity", "sfid"), ("kid", "precision", "recall")  # what they compare
+COPY_NEIGHBOURS, COPY_THRESHOLD = 50, 0.5  # n and α of Carlini et al. 2023, section 5.1
 SPLIT_SIZE = 5000  # images of each split of the Inception Score, as in guided-diffusion's evaluator
 
 

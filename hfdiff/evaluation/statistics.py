@@ -106,7 +106,12 @@ def feature_statistics(features: Tensor | np.ndarray) -> FeatureStatistics:
 
 
 def as_features(name: str, features: Tensor | np.ndarray, minimum: int = 1) -> Tensor:
-    """Features (N, D) in float64, on their device.
+    """Features (N, D) in float64, on their device; arguments and errors as in [`as_rows`]."""
+    return as_rows(name, features, minimum).double()
+
+
+def as_rows(name: str, features: Tensor | np.ndarray, minimum: int = 1) -> Tensor:
+    """Features (N, D) of their own type, on their device.
 
     Args:
         name: of the argument, for messages.
@@ -116,7 +121,7 @@ def as_features(name: str, features: Tensor | np.ndarray, minimum: int = 1) -> T
     Raises:
         ValueError: for another shape, too few rows, or numbers that are not finite.
     """
-    features = torch.as_tensor(features).double()
+    features = torch.as_tensor(features)
     if features.ndim != 2 or len(features) < minimum or not features.shape[1]:
         raise ValueError(
             f"`{name}` must have shape (N, D) with N of at least {minimum}, one row per image, got "
