@@ -24,6 +24,7 @@ CONFIG = "config.json"
 NOT_PUBLISHED = [
     "checkpoint-*",
     "averages/*",
+    "before-copies.safetensors",
     "diffusion/*",  # of `hfdiff train guided`
     "logs/*",
     "*.jsonl",

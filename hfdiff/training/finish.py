@@ -1,6 +1,5 @@
 """What a training of a diffusion model leaves: the pipeline, its last grid and its card, on the Hub where asked for."""
 
-import json
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -13,9 +12,11 @@ from ..data.labelled import LabelledImages
 from ..models.noisy_classifier import NoisyClassifier
 from .card import Measurement, publish, write_card
 from .checkpoints import placed
-from .log import VALIDATION
+from .copying import HELD_OUT_SHARE, SHARE, take_weights_before_copies
 from .monitor import grid_path
 from .settings import MonitorSettings
+
+COPIED = "{}; the nearest training picture, or its mirror image, at most half as far in pixels as the next 50 are"
 
 
 def finish(
@@ -41,7 +42,7 @@ def finish(
         measures: for each number of the last validation its name and on what it was measured.
         repository: a Hub id, if any.
     """
-    measured = json.loads(Path(settings.output_dir, VALIDATION).read_text().splitlines()[-1])
+    measured = take_weights_before_copies(pipeline.unet, Path(settings.output_dir))
     numbers = [Measurement(name, measured[key], where) for key, (name, where) in measures.items() if key in measured]
     with placed(settings.output_dir) as folder:
         pipeline.save_pretrained(folder)
@@ -91,4 +92,6 @@ def common_measures(
             "Fréchet distance to the dataset",
             f"{settings.fid_images} drawn images, {settings.sample_steps} steps, features of {settings.fid_features}",
         ),
+        SHARE: ("share of samples that copy a training image", COPIED.format(f"{settings.sample_images} drawn images")),
+        HELD_OUT_SHARE: ("share of unseen images that pass for copies", COPIED.format(f"{count} held-out images")),
     }

@@ -18,6 +18,7 @@ from ..models.noisy_classifier import NoisyClassifier
 from ..schedulers.scheduling_ddpm import DDPMScheduler
 from .batches import make_generator
 from .colour import ColourDrift
+from .copying import watch_copies
 from .loop import Monitor
 from .samples import save_grid
 from .settings import MonitorSettings
@@ -85,6 +86,7 @@ def make_monitor(
             save_grid(images, grid_path(folder, step))
             numbers |= (away := drift.measure(images))
             drift.warn(away, len(images), again=step == settings.max_train_steps)
+            numbers |= watch_copies(model, images, data, held_out, folder, step)
         return numbers
 
     return monitor

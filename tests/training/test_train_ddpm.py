@@ -157,7 +157,8 @@ def test_a_run_leaves_a_pipeline_its_numbers_and_pictures(full_run: Path) -> Non
     lines = [json.loads(line) for line in (full_run / "validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
-        assert line.keys() == {"step", "validation_loss", "bits_per_dim", "frechet_distance", "drift_grey"}
+        copies = {"copies", "copies_held_out"}
+        assert line.keys() == {"step", "validation_loss", "bits_per_dim", "frechet_distance", "drift_grey"} | copies
         assert all(np.isfinite(value) for value in line.values())
     assert {path.name for path in (full_run / "samples").iterdir()} == {"step-2.png", "step-4.png"}
     assert (full_run / "samples.png").read_bytes() == (full_run / "samples" / "step-4.png").read_bytes()
