@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..data.labelled import LabelledImages
 from ..data.sources import reading_model
@@ -28,6 +29,7 @@ from ..models.noisy_classifier import NoisyClassifier
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from .batches import derive_seed, make_generator
 from .card import Measurement
+from .copying import COPIED, COPIES, HELD_OUT_SHARE, SHARE, find_copies
 from .diffusion_model import Levels
 from .samples import draw_images, save_grid
 
@@ -119,32 +121,60 @@ def report_noise_levels(
 
 
 def report_samples(
-    pipe: ClassifierGuidedPipeline, folder: Path, *, per_class: int, steps: int, judge: str | None, seed: int
+    pipe: ClassifierGuidedPipeline,
+    folder: Path,
+    data: LabelledImages,
+    held_out: LabelledImages | None,
+    *,
+    per_class: int,
+    steps: int,
+    judge: str | None,
+    seed: int,
 ) -> list[Measurement]:
-    """Draws images of each class, one row each, as `samples.png`, and has another classifier say what they show.
+    """Draws images of each class, one row each, as `samples.png`; counts copies and asks another classifier of them.
 
     Args:
         pipe: what draws, at its default guidance scale.
         folder: where the picture goes.
+        data: the images that were trained on.
+        held_out: images that were not, if any.
         per_class: images of each class.
         steps: model calls per image; the trained chain's length where that is less.
         judge: the folder of a classifier of clean images; None asks none.
         seed: of the images.
 
     Returns:
-        The accuracy of that classifier, where there is one.
+        The share of copies, and the accuracy of that classifier, where there is one.
     """
     labels = [label for label in list(pipe.classifier.id2label)[:CLASSES_DRAWN] for _ in range(per_class)]
     images = draw_images(pipe, len(labels), steps, derive_seed(seed, "samples", 0), class_labels=tuple(labels))
     save_grid(images, folder / "samples.png", per_class)
+    numbers = report_copies(images, data, held_out)
     if judge is None:
-        return []
+        return numbers
     load_judge(judge, pipe.classifier)
     seen = predicted_classes(load_features(f"classifier:{judge}"), images.permute(0, 2, 3, 1).numpy())
     accuracy = float(np.mean(np.equal(seen, labels)))
     of = f"{len(labels)} guided images, {steps} steps at scale {pipe.default_guidance_scale:g}, by {judge}"
     print(f"Accuracy {accuracy:.3f} of {of}.")
-    return [Measurement("share of guided images that show their class", accuracy, of)]
+    return [*numbers, Measurement("share of guided images that show their class", accuracy, of)]
+
+
+def report_copies(images: Tensor, data: LabelledImages, held_out: LabelledImages | None) -> list[Measurement]:
+    """The share of samples that copy training images, and of held-out ones that pass for copies, where there are any.
+
+    Args:
+        images: the samples, bytes (N, C, H, W).
+        data: the images that were trained on.
+        held_out: images that were not.
+    """
+    found = find_copies(images, data, held_out)
+    if found is None:
+        return []
+    counts = {COPIES[SHARE]: (found.share, f"{len(images)} guided images")}
+    if held_out is not None and found.held_out_share is not None:
+        counts[COPIES[HELD_OUT_SHARE]] = found.held_out_share, f"{len(held_out.images)} test images"
+    return [Measurement(name, share, f"{of}; {COPIED}") for name, (share, of) in counts.items()]
 
 
 def load_judge(folder: str, classifier: NoisyClassifier) -> NoisyClassifier:

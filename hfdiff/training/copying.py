@@ -25,6 +25,13 @@ from .log import VALIDATION
 TRAINING_IMAGES = 10_000  # at most, spread over the dataset
 ALLOWED = 0.05  # by which the share of copies may be above that of held-out images
 SHARE, HELD_OUT_SHARE = "copies", "copies_held_out"
+COPIES = {
+    SHARE: "share of samples that copy a training image",
+    HELD_OUT_SHARE: "share of unseen images that pass for copies",
+}
+COPIED = (
+    f"the nearest training picture, or its mirror image, is half as far in pixels as the next {COPY_NEIGHBOURS} or less"
+)
 WEIGHTS = "before-copies.safetensors"
 
 

@@ -12,11 +12,9 @@ from ..data.labelled import LabelledImages
 from ..models.noisy_classifier import NoisyClassifier
 from .card import Measurement, publish, write_card
 from .checkpoints import placed
-from .copying import HELD_OUT_SHARE, SHARE, take_weights_before_copies
+from .copying import COPIED, COPIES, HELD_OUT_SHARE, SHARE, take_weights_before_copies
 from .monitor import grid_path
 from .settings import MonitorSettings
-
-COPIED = "{}; the nearest training picture, or its mirror image, at most half as far in pixels as the next 50 are"
 
 
 def finish(
@@ -92,6 +90,6 @@ def common_measures(
             "Fréchet distance to the dataset",
             f"{settings.fid_images} drawn images, {settings.sample_steps} steps, features of {settings.fid_features}",
         ),
-        SHARE: ("share of samples that copy a training image", COPIED.format(f"{settings.sample_images} drawn images")),
-        HELD_OUT_SHARE: ("share of unseen images that pass for copies", COPIED.format(f"{count} held-out images")),
+        SHARE: (COPIES[SHARE], f"{settings.sample_images} drawn images; {COPIED}"),
+        HELD_OUT_SHARE: (COPIES[HELD_OUT_SHARE], f"{count} held-out images; {COPIED}"),
     }

@@ -4,7 +4,6 @@ With `diffusion_model` the whole guided pipeline is saved, otherwise the classif
 any takes the model that a bare `hfdiff train ddpm` leaves, where there is one.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ..pipelines.inputs import has_noise_levels, most_steps
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from .augmentation import Augmentation
 from .batches import BatchStream, choose_flips, load_training_data
-from .card import Measurement, find_repository, publish, write_card
+from .card import find_repository, publish, write_card
 from .checkpoints import placed
 from .classifier_report import load_judge, make_monitor, report_gradient, report_noise_levels, report_samples
 from .config import RunSettings
@@ -49,13 +48,12 @@ classifier = NoisyClassifier.from_pretrained("{folder}")
 names = classifier.id2label  # logits: classifier(noisy_images, timestep).logits"""
 
 
-def run(settings: ClassifierSettings, recipe: RunSettings | None = None, measured: Sequence[Measurement] = ()) -> None:
+def run(settings: ClassifierSettings, recipe: RunSettings | None = None) -> None:
     """Trains the classifier of the settings, measures and saves it.
 
     Args:
         settings: of the run.
         recipe: what the card shows, where the run is part of another; by default the settings.
-        measured: numbers of the diffusion model, for the card.
     """
     settings = find_diffusion_model(settings)
     teacher = open_teacher(settings) if settings.teacher else None
@@ -96,7 +94,7 @@ def run(settings: ClassifierSettings, recipe: RunSettings | None = None, measure
     loss = make_loss(settings, denoiser, teacher and teacher.unet, scheduler, len(data.label_names))
     train(settings, accelerator, classifier, batches, loss, monitor=monitor)
     if accelerator.is_main_process:
-        finish(settings, pipe or classifier, scheduler, data, validation, repository, recipe or settings, measured)
+        finish(settings, pipe or classifier, scheduler, data, validation, repository, recipe or settings)
 
 
 def find_diffusion_model(settings: ClassifierSettings) -> ClassifierSettings:
@@ -271,7 +269,6 @@ def finish(
     validation: LabelledImages | None,
     repository: str | None,
     recipe: RunSettings,
-    measured: Sequence[Measurement],
 ) -> None:
     """Saves what was trained, measures it, writes its card, and publishes it where a repository is named."""
     guided = isinstance(trained, ClassifierGuidedPipeline)
@@ -287,13 +284,13 @@ def finish(
         if guided and settings.sample_images:
             per_class, steps = settings.sample_images, settings.sample_steps
             options = {"per_class": per_class, "steps": steps, "judge": settings.judge, "seed": settings.seed}
-            numbers += report_samples(trained.to(classifier.device), folder, **options)
+            numbers += report_samples(trained.to(classifier.device), folder, data, validation, **options)
         write_card(
             folder,
             title="Classifier-guided diffusion" if guided else "A classifier of noisy images",
             settings=recipe,
             data=data,
-            numbers=[*measured, *numbers],
+            numbers=numbers,
             usage=usage,
             tags=["classifier-guidance"],
             pipeline_tag="unconditional-image-generation" if guided else "image-classification",

@@ -24,7 +24,7 @@ from .settings import ClassifierSettings, DDPMSettings, GuidedSettings
 PLAN, DIFFUSION = "plan.json", "diffusion"  # file and folder in a run's
 INDEX = "model_index.json"
 MAY_CHANGE = {"output_dir", "report_to", "push_to_hub", "hub_model_id", "streaming"}
-CHECKPOINTS = 10  # of each stage
+CHECKPOINTS, VALIDATIONS = 10, 5  # of a stage
 
 
 def run(settings: GuidedSettings) -> None:
@@ -140,6 +140,7 @@ def diffusion_settings(settings: GuidedSettings) -> DDPMSettings:
         "output_dir": str(Path(settings.output_dir, DIFFUSION)),
         "push_to_hub": False,
         "learning_rate": settings.learning_rate,
+        "validation_steps": max(1, settings.max_train_steps // VALIDATIONS),  # to see when copies set in
         "augment_probability": settings.augment_probability,
         "prediction_type": "v_prediction",
         "snr_gamma": 5.0,
