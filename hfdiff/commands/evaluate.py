@@ -1,15 +1,16 @@
-"""`hfdiff evaluate`: FID, Inception Score, KID, precision, recall, sFID and accuracy, with their provenance.
+"""`hfdiff evaluate`: FID, Inception Score, KID, precision, recall, copies and others, with their provenance.
 
 Of images that are there, or of a pipeline's, drawn on the spot; under `accelerate launch` all processes draw.
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.process import is_first_process
-from ..evaluation.settings import EvaluationSettings, check_metrics
+from ..evaluation.settings import COPIES, EvaluationSettings, check_metrics
 from ..sampling.settings import SamplingSettings
 from .flags import (
     IMAGES,
@@ -17,6 +18,7 @@ from .flags import (
     add_drawing_flags,
     add_measuring_flags,
     add_set_flags,
+    check_measuring,
     check_output,
     check_path,
     evaluation_settings,
@@ -25,10 +27,10 @@ from .flags import (
 )
 
 if TYPE_CHECKING:
+    from ..data.image_source import ImageSource
     from ..evaluation.evaluate import Evaluator
     from ..evaluation.feature_set import Reference
     from ..evaluation.features import FeatureExtractor
-    from ..evaluation.report import Report
 
 INDEX = "model_index.json"  # of a pipeline's folder
 SUFFIXES = (".json", ".md")  # of a report
@@ -37,7 +39,7 @@ SUFFIXES = (".json", ".md")  # of a report
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `hfdiff`."""
     command = commands.add_parser(
-        "evaluate", help="measure images or a pipeline: FID, IS, KID, precision, recall, accuracy"
+        "evaluate", help="measure images or a pipeline: FID, IS, KID, precision, recall, copies, accuracy"
     )
     command.set_defaults(run=run)
     command.add_argument(
@@ -46,6 +48,9 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--reference", help=f"the real images: {IMAGES}; or an npz file of statistics (mu, sigma)")
     add_measuring_flags(command, metrics="fid,fid_infinity")
     command.add_argument("--output", type=Path, help="report.json or report.md")
+    command.add_argument(
+        "--neighbours", type=Path, help="for copies: a png file of the samples nearest to training images, beside them"
+    )
     command.add_argument("--save_statistics", type=Path, help="keep the reference's statistics in this npz file")
     drawing = command.add_argument_group("to draw images from a pipeline")
     add_set_flags(drawing)
@@ -69,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         samples = open_images(args.samples, args.split) if args.samples else None
         evaluator = _open_evaluator(args, settings)
         if samples is not None:
-            _tell(evaluator(samples), args.output)
+            _measure(evaluator, samples, args)
 
 
 def _check_arguments(args: argparse.Namespace) -> tuple[EvaluationSettings, SamplingSettings | None]:
@@ -82,7 +87,14 @@ def _check_arguments(args: argparse.Namespace) -> tuple[EvaluationSettings, Samp
         raise ValueError("`samples` must name the images to measure, got none.")
     for name in ("samples", "reference"):
         check_path(name, getattr(args, name))
-    check_path("features", args.features.partition(":")[2] or None)
+    check_measuring(args)
+    if args.neighbours is not None:
+        check_output("neighbours", args.neighbours)
+        if args.neighbours.suffix != ".png" or not {*COPIES} & {*args.metrics.split(",")}:
+            raise ValueError(
+                f"`neighbours` must end in .png and needs --metrics {' or '.join(COPIES)}, got "
+                f"{str(args.neighbours)!r} and {args.metrics}."
+            )
     if args.output is not None:
         check_output("output", args.output)
     if args.samples is not None:
@@ -120,7 +132,7 @@ def _evaluate_pipeline(args: argparse.Namespace, settings: EvaluationSettings, s
         evaluator.check_labels(sampler.labels, args.samples)
     samples = draw_samples(sampler, args.samples_dir or default_folder(sampler), accelerator)
     if evaluator is not None:
-        _tell(evaluator(open_images(samples)), args.output)
+        _measure(evaluator, open_images(samples), args)
 
 
 def _open_evaluator(args: argparse.Namespace, settings: EvaluationSettings) -> "Evaluator":
@@ -129,21 +141,36 @@ def _open_evaluator(args: argparse.Namespace, settings: EvaluationSettings) -> "
     from ..evaluation.feature_set import Reference, open_reference
     from ..evaluation.networks import load_features
 
-    reference = open_reference(args.reference, args.split) if args.reference else Reference()
-    extractor = load_features(args.features, weights=args.weights)
+    reference = Reference()
+    if args.reference:
+        reference = open_reference(args.reference, args.split, args.held_out, args.held_out_split)
+    extractor = load_features(args.features or "pixels", weights=args.weights)
     if args.save_statistics:
         reference = _save(reference, extractor, args.save_statistics, settings.batch_size)
     return Evaluator(reference, extractor, args.metrics.split(","), settings)
 
 
-def _tell(report: "Report", output: Path | None) -> None:
-    if output is not None:
-        report.write(output)
+def _measure(evaluator: "Evaluator", samples: "ImageSource", args: argparse.Namespace) -> None:
+    """Writes the report and the picture, and tells the metrics."""
+    report, neighbours = evaluator.measure(samples)
+    if args.output is not None:
+        report.write(args.output)
     print(report.to_table())
     for text in report.warnings:
         print(f"warning: {text}", file=sys.stderr)
-    if output is not None:
-        print(f"{output}: the report")
+    if args.output is not None:
+        print(f"{args.output}: the report")
+    if args.neighbours is not None:
+        from ..data.files import place_file
+        from ..evaluation.neighbours import plot_neighbours
+
+        name, found = next(iter(neighbours.items()))
+        assert evaluator.reference.images is not None
+        picture = plot_neighbours(samples, evaluator.reference.images, found, report.beside[name]["threshold"])
+        picture.savefig(image := io.BytesIO(), format="png")
+        args.neighbours.parent.mkdir(parents=True, exist_ok=True)
+        place_file(args.neighbours, image.getvalue())
+        print(f"{args.neighbours}: the samples nearest to training images, by {name}")
 
 
 def _save(reference: "Reference", extractor: "FeatureExtractor", path: Path, batch_size: int) -> "Reference":

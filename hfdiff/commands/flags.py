@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.settings import METRIC_NAMES, EvaluationSettings
+from ..evaluation.settings import COPIES, METRIC_NAMES, OF_PIXELS, EvaluationSettings
 from ..sampling.settings import LABEL_POLICIES, SamplingSettings
 
 GUIDED, JUDGE = "hfdiff/mnist-classifier-guided", "hfdiff/mnist-judge"  # bundled, and on the Hub
@@ -19,6 +19,8 @@ EVALUATION_HELP = {
     "kid_subset_size": "images of each of KID's subsets, at most",
     "kid_num_subsets": "how many subsets",
     "nearest": "the neighbour k of precision and recall",
+    "copies_nearest": "how many neighbours set the scale of a copy's distance",
+    "copies_threshold": "the ratio of distances up to which a sample is a copy; --held_out may lower it",
     "seed": "of drawn images, and of the subsets of kid and fid_infinity",
 }
 SAMPLING_FLAGS = [field.name for field in fields(SamplingSettings) if field.name != "seed"]  # both settings have it
@@ -59,13 +61,33 @@ def add_measuring_flags(command: Any, metrics: str) -> None:
     """
     command.add_argument("--metrics", default=metrics, help=f"some of {','.join(METRIC_NAMES)} (default: %(default)s)")
     command.add_argument(
-        "--features", required=True, help='"inception", or "classifier:" and a folder or Hub id of an image classifier'
+        "--features",
+        help='"inception", "classifier:" and a folder or Hub id of an image classifier, or "pixels", which is the '
+        "default for copies alone",
     )
     command.add_argument("--weights", type=Path, help="file of Inception's weights; downloaded by default")
     command.add_argument("--split", default="train", help="of datasets that have some (default: %(default)s)")
     for setting in fields(EvaluationSettings):
         text = f"{EVALUATION_HELP[setting.name]} (default: %(default)s)"
-        command.add_argument(f"--{setting.name}", type=int, default=setting.default, help=text)
+        kind = type(setting.default)
+        command.add_argument(f"--{setting.name}", type=kind, default=setting.default, help=text)
+    command.add_argument("--held_out", help=f"real images that were not trained on, for copies: {IMAGES}")
+    command.add_argument("--held_out_split", default="test", help="of theirs (default: %(default)s)")
+
+
+def check_measuring(args: argparse.Namespace) -> None:
+    """Refuses features and held-out images that are not there or do not fit the metrics, before anything is imported.
+
+    Raises:
+        ValueError: then.
+    """
+    metrics = args.metrics.split(",")
+    if args.features is None and not set(metrics) <= {*OF_PIXELS}:
+        raise ValueError(f"`features` must name a network for {args.metrics}, got none; try --features inception.")
+    check_path("features", (args.features or "").partition(":")[2] or None)
+    check_path("held_out", args.held_out)
+    if args.held_out is not None and not set(metrics) & {*COPIES}:
+        raise ValueError(f"`held_out` is for {' and '.join(COPIES)}, got the metrics {args.metrics}.")
 
 
 def evaluation_settings(args: argparse.Namespace) -> EvaluationSettings:

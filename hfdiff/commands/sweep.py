@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.settings import EvaluationSettings, check_metrics
+from ..evaluation.settings import COPIES, EvaluationSettings, check_metrics
 from .flags import (
     IMAGES,
     add_measuring_flags,
     add_set_flags,
+    check_measuring,
     check_output,
     check_path,
     evaluation_settings,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_METRICS = "fid,is,precision,recall,accuracy,worst_class_accuracy"
 COLUMNS = 3  # panels side by side
 TITLES = {"fid": "FID ↓", "fid_infinity": "FID∞ ↓", "sfid": "sFID ↓", "kid": "KID ↓", "is": "Inception Score ↑"}
+TITLES |= {name: f"{name.replace('_', ' of ')} ↓" for name in COPIES}
 
 
 def add_parser(commands: Any) -> None:
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     check_metrics(args.metrics.split(","), has_reference=True)
     for name in ("pipeline", "reference"):
         check_path(name, getattr(args, name))
-    check_path("features", args.features.partition(":")[2] or None)
+    check_measuring(args)
     check_output("output_dir", args.output_dir)
 
     from ..data.files import place_file
@@ -96,8 +98,9 @@ def _open_evaluator(args: argparse.Namespace, settings: EvaluationSettings) -> "
     from ..evaluation.feature_set import open_reference
     from ..evaluation.networks import load_features
 
-    extractor = load_features(args.features, weights=args.weights)
-    return Evaluator(open_reference(args.reference, args.split), extractor, args.metrics.split(","), settings)
+    extractor = load_features(args.features or "pixels", weights=args.weights)
+    reference = open_reference(args.reference, args.split, args.held_out, args.held_out_split)
+    return Evaluator(reference, extractor, args.metrics.split(","), settings)
 
 
 def _describe(report: "Report") -> str:

@@ -20,6 +20,7 @@ __all__ = lazy_names(
         ".inception_score": "inception_score",
         ".kernel_distance": "kernel_inception_distance",
         ".metrics": "frechet_distance frechet_distance_infinity",
+        ".neighbours": "plot_neighbours",
         ".networks": "load_features",
         ".noise_levels": "NoiseBucket evaluate_noise_levels expected_calibration_error",
         ".precision_recall": "PrecisionRecall precision_recall",

@@ -40,12 +40,14 @@ class Copies(NamedTuple):
         held_out_share: of images that nothing was trained on, which pass for copies by chance, from 0 to 1; None
             without such images.
         neighbours: of each sample.
+        held_out_ratios: as [`copy_ratios`] gives them, (H,); None without such images.
     """
 
     share: float
     threshold: float
     held_out_share: float | None
     neighbours: Neighbours
+    held_out_ratios: Tensor | None
 
 
 def measure_copies(
@@ -71,11 +73,11 @@ def measure_copies(
     """
     neighbours = nearest_neighbours(_flat(samples), _flat(training), k)
     if held_out is None:
-        return Copies(share_of_copies(neighbours.ratios, threshold), threshold, None, neighbours)
+        return Copies(share_of_copies(neighbours.ratios, threshold), threshold, None, neighbours, None)
     ratios = nearest_neighbours(_flat(held_out), _flat(training), k).ratios
     threshold = copy_threshold(ratios, threshold)
     shares = [share_of_copies(found, threshold) for found in (neighbours.ratios, ratios)]
-    return Copies(shares[0], threshold, shares[1], neighbours)
+    return Copies(shares[0], threshold, shares[1], neighbours, ratios)
 
 
 def copy_ratios(samples: Tensor | np.ndarray, training: Tensor | np.ndarray, k: int = COPY_NEIGHBOURS) -> Tensor:
@@ -152,8 +154,8 @@ def nearest_neighbours(
     samples, training = as_rows("samples", samples), as_rows("training", training)
     if samples.shape[1] != training.shape[1]:
         raise ValueError(
-            f"`samples` and `training` must have one width, got {samples.shape[1]} and {training.shape[1]}; take images "
-            "of one size and number of channels, or features of one network."
+            f"`samples` and `training` must have one width, got {samples.shape[1]} and {training.shape[1]}; take "
+            "images of one size and number of channels, or features of one network."
         )
     if not 2 <= k <= len(training):
         raise ValueError(f"`k` must be from 2 to the {len(training)} training images, got {k}.")
@@ -173,8 +175,8 @@ def _neighbours(samples: Tensor, training: Tensor, k: int, origin: Tensor) -> Ne
         squares, indices = torch.cat([squares, best], dim=1), torch.cat([indices, columns + start], dim=1)
         squares, kept = squares.topk(min(k, squares.shape[1]), largest=False)
         indices = indices.gather(1, kept)
-    columns = [(x - (training[rows].double() - origin)).norm(dim=1) for rows in indices.T]
-    distances, order = torch.stack(columns, dim=1).sort(dim=1, stable=True)
+    exact = [(x - (training[rows].double() - origin)).norm(dim=1) for rows in indices.T]
+    distances, order = torch.stack(exact, dim=1).sort(dim=1, stable=True)
     return Neighbours(distances, indices.gather(1, order))
 
 

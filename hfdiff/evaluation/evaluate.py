@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from ..data.image_source import ImageSource
-from .feature_set import STATISTICS, Reference, collect, collect_reference, first_features
+from .copies import Neighbours
+from .feature_set import PIXELS, STATISTICS, Reference, collect, collect_reference, first_features
 from .features import FeatureExtractor, ImageFeatures
 from .inception_score import inception_score
 from .metric_set import LABELS, METRICS, Metric, Value
 from .metrics import FEWEST_TO_EXTRAPOLATE, small_sample_warning
 from .report import Report
-from .settings import OF_IMAGES, EvaluationSettings, check_metrics
+from .settings import COPIES, OF_IMAGES, OF_PIXELS, EvaluationSettings, check_metrics
 from .statistics import StatisticsFile
 
 SORTED_SPLITS = 0.8  # of the score of all images: splits that have less are not alike
@@ -36,7 +37,7 @@ class Evaluator:
         settings: of the metrics; by default the usual ones.
 
     Raises:
-        ValueError: for a metric that is unknown or needs a reference that is not there.
+        ValueError: for a metric that is unknown or needs a reference that is not there, or too few images in it.
     """
 
     def __init__(
@@ -46,10 +47,10 @@ class Evaluator:
         metrics: Sequence[str] = ("fid",),
         settings: EvaluationSettings | None = None,
     ) -> None:
-        _check_metrics(metrics, reference)
         self.reference, self.extractor, self.settings = reference, extractor, settings or EvaluationSettings()
+        _check_metrics(metrics, reference, self.settings)
         self.metrics = {name: METRICS[name] for name in metrics}
-        self._parts: dict[str, Any] | None = None
+        self._parts: dict[str, dict[str, Any]] | None = None
 
     def check_labels(self, labels: Tensor | None, name: str) -> None:
         """Refuses images that lack the classes they were asked to be of, where a metric needs them.
@@ -78,28 +79,37 @@ class Evaluator:
             ValueError: for statistics of other features, labels that are not there, images that cannot be read, or
                 features that are not finite. What can be found before going through the images is.
         """
+        return self.measure(samples)[0]
+
+    def measure(self, samples: ImageSource) -> tuple[Report, dict[str, Neighbours]]:
+        """As a call, with the nearest real images of each sample, by the metrics that look for them."""
         first = self._check(samples)
-        references = {LABELS: samples.labels, **self._reference_parts()}
+        real = self._reference_parts()
         metrics = self._with_extrapolation(samples.count, first.pooled.shape[1])
         needs = {metric.samples for metric in metrics.values()}
         parts = collect(samples, self.extractor, needs, self.settings.batch_size)
         values: dict[str, Value] = {}
         for name, metric in metrics.items():
             if name not in values:
-                values |= metric.compute(parts[metric.samples], references.get(metric.reference or ""), self.settings)
+                compared = samples.labels if metric.reference == LABELS else _compared(metric, real)
+                values |= metric.compute(parts[metric.samples], compared, self.settings)
         widths = {name: getattr(first, kind).shape[1] for name, kind in FRECHET.items() if name in self.metrics}
-        return Report(
+        report = Report(
             metrics={name: values[name].mean for name in metrics},
             spread={name: std for name in metrics if (std := values[name].std) is not None},
             **self._inputs(samples, first),
             warnings=_warnings(samples, self.reference, widths)
             + [NOT_ESTIMATED.format(name) for name in metrics if values[name].mean is None]
             + (_split_warnings(parts["probs"], values["is"]) if "is" in self.metrics else []),
+            beside={name: beside for name in metrics if (beside := values[name].beside) is not None},
         )
+        return report, {name: found for name in metrics if (found := values[name].neighbours) is not None}
 
     def _check(self, samples: ImageSource) -> ImageFeatures:
         """The features of the first images, which fit."""
         self.check_labels(samples.labels, samples.name)
+        if any(metric.samples == PIXELS for metric in self.metrics.values()):
+            _check_shape("samples", samples, self.reference)
         first = first_features(samples, self.extractor)
         _check_features(first, self.extractor.provenance, list(self.metrics))
         if self.reference.statistics is not None:
@@ -114,10 +124,15 @@ class Evaluator:
         names.insert(names.index("fid") + 1, "fid_infinity")
         return {name: METRICS[name] for name in names}
 
-    def _reference_parts(self) -> dict[str, Any]:
+    def _reference_parts(self) -> dict[str, dict[str, Any]]:
+        """What the metrics are compared with, of the reference and of the held-out images."""
         if self._parts is None:
-            needs = {metric.reference for metric in self.metrics.values() if metric.reference not in (None, LABELS)}
-            self._parts = collect_reference(self.reference, self.extractor, needs, self.settings.batch_size)
+            metrics = [metric for metric in self.metrics.values() if metric.reference not in (None, LABELS)]
+            needs, size = {str(metric.reference) for metric in metrics}, self.settings.batch_size
+            self._parts = {"reference": collect_reference(self.reference, self.extractor, needs, size), "held_out": {}}
+            needs = {str(metric.reference) for metric in metrics if metric.held_out}
+            if needs and self.reference.held_out is not None:
+                self._parts["held_out"] = collect(self.reference.held_out, self.extractor, needs, size)
         return self._parts
 
     def _inputs(self, samples: ImageSource, first: ImageFeatures) -> dict[str, Any]:
@@ -153,17 +168,40 @@ def evaluate(
     return Evaluator(reference, extractor, metrics, settings)(samples)
 
 
-def _check_metrics(metrics: Sequence[str], reference: Reference) -> None:
-    check_metrics(metrics, has_reference=reference != Reference())
+def _compared(metric: Metric, real: dict[str, dict[str, Any]]) -> Any:
+    """What a metric's second argument is, as [`Metric`] says."""
+    part, held_out = (real[kind].get(metric.reference or "") for kind in ("reference", "held_out"))
+    return (part, held_out) if metric.held_out else part
+
+
+def _check_metrics(metrics: Sequence[str], reference: Reference, settings: EvaluationSettings) -> None:
+    check_metrics(metrics, has_reference=reference[:2] != (None, None))
     for name in metrics:
         if name in OF_IMAGES and reference.images is None:
             raise ValueError(f"`reference` must have images for {name}, got only their statistics.")
+        if name in COPIES and reference.images is not None and reference.images.count < settings.copies_nearest:
+            raise ValueError(
+                f"`copies_nearest` must be from 2 to the {reference.images.count} images of the reference, got "
+                f"{settings.copies_nearest}; all images of the training belong there."
+            )
+        if name in OF_PIXELS and reference.held_out is not None:
+            _check_shape("held_out", reference.held_out, reference)
+
+
+def _check_shape(name: str, images: ImageSource, reference: Reference) -> None:
+    assert reference.images is not None
+    if images.shape != reference.images.shape:
+        shapes = [" by ".join(map(str, source.shape)) for source in (images, reference.images)]
+        raise ValueError(
+            f"`{name}` must have the channels, rows and columns of the reference for copies, got {shapes[0]} for "
+            f"{shapes[1]}; resize or convert them in the same way, or take copies_features."
+        )
 
 
 def _check_features(first: ImageFeatures, provenance: dict[str, Any], metrics: Sequence[str]) -> None:
     for name in metrics:
         need = STATISTICS.get(METRICS[name].samples, METRICS[name].samples)
-        if getattr(first, need) is None:
+        if need != PIXELS and getattr(first, need) is None:
             what = {"probs": "class probabilities", "spatial": "spatial features"}[need]
             raise ValueError(f"`features` must give {what} for {name}, got none from {provenance['name']!r}.")
 
@@ -189,16 +227,18 @@ def _check_statistics(
 
 
 def _describe(reference: Reference) -> dict[str, Any]:
-    images, statistics = reference
+    images, statistics, held_out = reference
     described: dict[str, Any] = {} if images is None else {"source": images.name, "num_images": images.count}
     if statistics is not None:
         described["statistics"] = {"source": statistics.source, "num_images": statistics.pooled.num_images}
+    if held_out is not None:
+        described["held_out"] = {"source": held_out.name, "num_images": held_out.count}
     return described
 
 
 def _warnings(samples: ImageSource, reference: Reference, widths: dict[str, int]) -> list[str]:
     """What makes Fréchet distances of these features hard to compare; `widths` are those of the metrics' features."""
-    images, statistics = reference
+    images, statistics, _ = reference
     counts = {"samples": samples.count}
     if statistics is not None and statistics.pooled.num_images is not None:
         counts["reference"] = statistics.pooled.num_images

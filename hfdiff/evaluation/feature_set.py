@@ -12,6 +12,7 @@ from ..data.image_source import ImageSource, open_images
 from .features import FeatureExtractor, ImageFeatures
 from .statistics import RunningStatistics, StatisticsFile, load_statistics
 
+PIXELS = "pixels"  # the part that needs no network
 STATISTICS = {"statistics": "pooled", "spatial_statistics": "spatial"}  # the parts kept as sums, and what they sum
 
 
@@ -21,18 +22,24 @@ class Reference(NamedTuple):
     Args:
         images: for metrics that compare single images.
         statistics: that were computed before, maybe of more images.
+        held_out: real images that nothing was trained on, which say how many pass for copies by chance.
     """
 
     images: ImageSource | None = None
     statistics: StatisticsFile | None = None
+    held_out: ImageSource | None = None
 
 
-def open_reference(source: str | Path, split: str = "train") -> Reference:
+def open_reference(
+    source: str | Path, split: str = "train", held_out: str | Path | None = None, held_out_split: str = "test"
+) -> Reference:
     """Opens real images, or their statistics, or a file of both, like guided-diffusion's reference batches.
 
     Args:
         source: as in [`open_images`], or an npz file of statistics.
         split: of a dataset that has some.
+        held_out: images that nothing was trained on, as in [`open_images`].
+        held_out_split: of theirs.
 
     Raises:
         ValueError: for neither, or what cannot be read.
@@ -44,7 +51,7 @@ def open_reference(source: str | Path, split: str = "train") -> Reference:
             names = archive.namelist()
     statistics = load_statistics(path) if "mu.npy" in names else None
     images = open_images(source, split) if statistics is None or "arr_0.npy" in names else None
-    return Reference(images, statistics)
+    return Reference(images, statistics, None if held_out is None else open_images(held_out, held_out_split))
 
 
 @torch.no_grad()
@@ -60,8 +67,8 @@ def collect(source: ImageSource, extractor: FeatureExtractor, parts: set[str], b
     Args:
         source: the images.
         extractor: gives the features.
-        parts: what to gather, each by its name: "pooled" (N, D), "probs" (N, K), and "statistics" and
-            "spatial_statistics", which take no memory that grows with N.
+        parts: what to gather, each by its name: "pooled" (N, D), "probs" (N, K), "pixels", uint8 (N, C·H·W), and
+            "statistics" and "spatial_statistics", which take no memory that grows with N.
         batch_size: images per call of the extractor.
 
     Raises:
@@ -71,11 +78,13 @@ def collect(source: ImageSource, extractor: FeatureExtractor, parts: set[str], b
     rows: dict[str, list[Tensor]] = {name: [] for name in parts - running.keys()}
     total = -(-source.count // batch_size)
     for batch in tqdm(source.batches(batch_size), desc=source.name, total=total, delay=5):
-        features = extractor(batch)
+        found = {PIXELS: batch.flatten(1)}
+        if parts != {PIXELS}:
+            found |= extractor(batch)._asdict()
         for name, statistics in running.items():
-            statistics.update(getattr(features, STATISTICS[name]).cpu())
+            statistics.update(found[STATISTICS[name]].cpu())
         for name, kept in rows.items():
-            kept.append(getattr(features, name).cpu())
+            kept.append(found[name].cpu())
     finished = {name: statistics.finish() for name, statistics in running.items()}
     return finished | {name: torch.cat(kept) for name, kept in rows.items()}
 

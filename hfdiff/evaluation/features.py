@@ -35,6 +35,16 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: Tensor) -> ImageFeatures: ...
 
 
+class PixelFeatures:
+    """The pixels themselves, from 0 to 1, in one row per image."""
+
+    def __init__(self) -> None:
+        self.provenance: dict[str, Any] = {"name": "pixels", "weights_sha256": "none", "resize": "none"}
+
+    def __call__(self, images: Tensor) -> ImageFeatures:
+        return ImageFeatures(images.flatten(1) / 255)
+
+
 class ModuleFeatures:
     """Features of a module in Python.
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from .accuracy import class_accuracy
+from .copies import Neighbours, measure_copies, share_of_copies
+from .feature_set import PIXELS
 from .inception_score import split_inception_scores
 from .kernel_distance import subset_kernel_distances
 from .metrics import frechet_distance, frechet_distance_infinity
@@ -19,10 +21,19 @@ LABELS = "labels"  # of the samples, which accuracy compares probabilities with
 
 
 class Value(NamedTuple):
-    """A metric's value, None where it could not be estimated, and its standard deviation over splits or subsets."""
+    """A metric's value.
+
+    Args:
+        mean: of splits or subsets, where there are some; None where it could not be estimated.
+        std: over them.
+        beside: numbers that the value is to be read with.
+        neighbours: of each sample, where they were found on the way.
+    """
 
     mean: float | None
     std: float | None = None
+    beside: dict[str, float] | None = None
+    neighbours: Neighbours | None = None
 
 
 def _fid(samples: FeatureStatistics, reference: FeatureStatistics, _: EvaluationSettings) -> dict[str, Value]:
@@ -57,6 +68,28 @@ def _precision_recall(samples: Tensor, reference: Tensor, settings: EvaluationSe
     return {"precision": Value(found.precision), "recall": Value(found.recall)}
 
 
+def _copies(samples: Tensor, real: tuple[Tensor, Tensor | None], settings: EvaluationSettings) -> dict[str, Value]:
+    return {"copies": _share_of_copies(samples, real, settings)}
+
+
+def _copies_features(
+    samples: Tensor, real: tuple[Tensor, Tensor | None], settings: EvaluationSettings
+) -> dict[str, Value]:
+    return {"copies_features": _share_of_copies(samples, real, settings)}
+
+
+def _share_of_copies(samples: Tensor, real: tuple[Tensor, Tensor | None], settings: EvaluationSettings) -> Value:
+    asked = settings.copies_threshold
+    found = measure_copies(samples, *real, k=settings.copies_nearest, threshold=asked)
+    beside = {"threshold": found.threshold}
+    if found.held_out_share is not None and found.held_out_ratios is not None:
+        beside = {"held_out": found.held_out_share, **beside}
+        if found.threshold < asked:
+            beside[f"at_{asked:g}"] = share_of_copies(found.neighbours.ratios, asked)
+            beside[f"held_out_at_{asked:g}"] = share_of_copies(found.held_out_ratios, asked)
+    return Value(found.share, beside=beside, neighbours=found.neighbours)
+
+
 def _accuracy(samples: Tensor, labels: Tensor, _: EvaluationSettings) -> dict[str, Value]:
     found = class_accuracy(samples, labels)
     return {"accuracy": Value(found.overall), "worst_class_accuracy": Value(found.worst)}
@@ -78,11 +111,14 @@ class Metric(NamedTuple):
         samples: the part of the samples, one that [`collect`] gathers.
         reference: what it is compared with: a part of the reference, `LABELS`, the samples' own, or nothing.
         compute: maps the two to values.
+        held_out: whether it is also compared with that part of the held-out images: then the second argument of
+            `compute` is a pair, whose second is None where there are no such images.
     """
 
     samples: str
     reference: str | None
     compute: Callable[[Any, Any, EvaluationSettings], dict[str, Value]]
+    held_out: bool = False
 
 
 METRICS = {
@@ -93,6 +129,8 @@ METRICS = {
     "precision": Metric("pooled", "pooled", _precision_recall),
     "recall": Metric("pooled", "pooled", _precision_recall),
     "sfid": Metric("spatial_statistics", "spatial_statistics", _sfid),
+    "copies": Metric(PIXELS, PIXELS, _copies, held_out=True),
+    "copies_features": Metric("pooled", "pooled", _copies_features, held_out=True),
     "accuracy": Metric("probs", LABELS, _accuracy),
     "worst_class_accuracy": Metric("probs", LABELS, _accuracy),
 }

@@ -12,6 +12,7 @@ from ..pipelines.hub_download import fetch
 from .features import (
     FeatureExtractor,
     ImageFeatures,
+    PixelFeatures,
     best_device,
     first_channels,
     match_channels,
@@ -26,8 +27,8 @@ def load_features(name: str, *, weights: str | Path | None = None) -> FeatureExt
     """The extractor of a name.
 
     Args:
-        name: "inception", or "classifier:" and the folder or Hub id of a [`NoisyClassifier`] or of any image classifier
-            of transformers.
+        name: "inception"; "classifier:" and the folder or Hub id of a [`NoisyClassifier`] or of any image classifier
+            of transformers; or "pixels", without any network.
         weights: file of Inception's weights; by default torch's cache, into which they are downloaded.
 
     Raises:
@@ -37,11 +38,13 @@ def load_features(name: str, *, weights: str | Path | None = None) -> FeatureExt
         from .inception import InceptionFeatures
 
         return InceptionFeatures(weights)
-    if not name.startswith(CLASSIFIER) or weights is not None:
+    if (name != "pixels" and not name.startswith(CLASSIFIER)) or weights is not None:
         raise ValueError(
-            f'`features` must be "inception", with `weights` or without, or "{CLASSIFIER}<folder or Hub id>", got '
-            f"{name!r}{'' if weights is None else ' with weights'}."
+            f'`features` must be "inception", with `weights` or without, "{CLASSIFIER}<folder or Hub id>" or "pixels", '
+            f"got {name!r}{'' if weights is None else ' with weights'}."
         )
+    if name == "pixels":
+        return PixelFeatures()
     folder = _download(name.removeprefix(CLASSIFIER))
     config = json.loads((folder / CONFIG).read_text())
     if config.get("_class_name") == NoisyClassifier.__name__:

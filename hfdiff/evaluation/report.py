@@ -36,6 +36,7 @@ class Report:
         settings: of the metrics, with the seed.
         warnings: what makes a number hard to compare.
         versions: of the packages.
+        beside: numbers that a metric is to be read with, like the share of held-out images that pass for copies.
     """
 
     metrics: dict[str, float | None]
@@ -46,6 +47,7 @@ class Report:
     settings: dict[str, Any]
     warnings: list[str]
     versions: dict[str, str] = field(default_factory=package_versions)
+    beside: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Everything, as JSON."""
@@ -82,7 +84,8 @@ class Report:
         rows = []
         for name, value in self.metrics.items():
             spread = f" ± {self.spread[name]:.4g}" if name in self.spread else ""
-            rows.append((name, f"{show_value(value, 6)}{spread}"))
+            beside = ", ".join(f"{what} {show_value(number)}" for what, number in self.beside.get(name, {}).items())
+            rows.append((name, f"{show_value(value, 6)}{spread}{beside and f' ({beside})'}"))
         return rows
 
 

@@ -11,11 +11,17 @@ METRIC_NAMES = (
     "precision",
     "recall",
     "sfid",
+    "copies",
+    "copies_features",
     "accuracy",
     "worst_class_accuracy",
 )  # of `metric_set.METRICS`
-OF_SUMS, OF_IMAGES = ("fid", "fid_infinity", "sfid"), ("kid", "precision", "recall")  # what they compare
+COPIES = ("copies", "copies_features")
+OF_SUMS = ("fid", "fid_infinity", "sfid")  # what they compare with
+OF_IMAGES = ("kid", "precision", "recall", *COPIES)
+OF_PIXELS = ("copies",)  # need no network
 COPY_NEIGHBOURS, COPY_THRESHOLD = 50, 0.5  # n and α of Carlini et al. 2023, section 5.1
+LEAST = {"seed": 0, "copies_nearest": 2, "copies_threshold": 0}  # of settings that may be less, or must be more, than 1
 SPLIT_SIZE = 5000  # images of each split of the Inception Score, as in guided-diffusion's evaluator
 
 
@@ -29,10 +35,12 @@ class EvaluationSettings:
         kid_subset_size: images of each of KID's subsets, at most; all where there are fewer.
         kid_num_subsets: how many subsets.
         nearest: the neighbour k of precision and recall.
+        copies_nearest: how many neighbours set the scale of a copy's distance.
+        copies_threshold: the ratio up to which a sample is a copy, from 0 to 1; held-out images may lower it.
         seed: of the subsets.
 
     Raises:
-        ValueError: for a number below 1, or a negative seed.
+        ValueError: for a number out of its range: below 1, if nothing else is said.
     """
 
     batch_size: int = 256
@@ -40,13 +48,17 @@ class EvaluationSettings:
     kid_subset_size: int = 1000
     kid_num_subsets: int = 100
     nearest: int = 3
+    copies_nearest: int = COPY_NEIGHBOURS
+    copies_threshold: float = COPY_THRESHOLD
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            least = 0 if name == "seed" else 1
+            least = LEAST.get(name, 1)
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if self.copies_threshold > 1:
+            raise ValueError(f"`copies_threshold` must be at most 1, got {self.copies_threshold}.")
 
 
 def check_metrics(metrics: Sequence[str], has_reference: bool) -> None:

@@ -26,8 +26,9 @@ from ..sampling.sampler import Sampler
 from ..sampling.settings import SamplingSettings
 from .evaluate import Evaluator
 from .report import Report, read_report, show_value
+from .settings import COPIES
 
-LOWER_IS_BETTER = ("fid", "fid_infinity", "kid", "sfid")
+LOWER_IS_BETTER = ("fid", "fid_infinity", "kid", "sfid", *COPIES)
 CURVE = ("scheduler", "num_inference_steps")  # what the points of one line of the plot share
 SETTINGS = (*CURVE, "guidance_scale", "num_images")
 REPORT_FILE = "report.json"

@@ -12,6 +12,7 @@ from torch import nn
 from hfdiff.commands import evaluate as command
 from hfdiff.data.image_source import images_in_memory
 from hfdiff.evaluation.accuracy import class_accuracy
+from hfdiff.evaluation.copies import measure_copies
 from hfdiff.evaluation.evaluate import Evaluator, evaluate
 from hfdiff.evaluation.feature_set import Reference, compute_statistics, open_reference
 from hfdiff.evaluation.features import ImageFeatures, ModuleFeatures
@@ -19,6 +20,7 @@ from hfdiff.evaluation.inception_score import inception_score
 from hfdiff.evaluation.kernel_distance import kernel_inception_distance
 from hfdiff.evaluation.metric_set import METRICS, EvaluationSettings
 from hfdiff.evaluation.metrics import frechet_distance
+from hfdiff.evaluation.neighbours import APART, CELL, GAP, LEFT, TOP
 from hfdiff.evaluation.precision_recall import precision_recall
 from hfdiff.evaluation.report import read_report
 from hfdiff.evaluation.statistics import feature_statistics, save_statistics
@@ -65,12 +67,44 @@ def test_metrics_are_those_of_the_features(corner):
         "precision": precision,
         "recall": recall,
         "sfid": frechet_distance(*feature_statistics(fake.spatial)[:2], *feature_statistics(real.spatial)[:2]),
+        "copies": measure_copies(SAMPLES, REAL).share,
+        "copies_features": measure_copies(fake.pooled, real.pooled).share,
         "accuracy": class_accuracy(fake.probs, LABELS).overall,
         "worst_class_accuracy": class_accuracy(fake.probs, LABELS).worst,
     }
     assert {name: report.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     assert report.metrics["fid_infinity"] < report.metrics["fid"]
     assert set(report.spread) == {"is", "kid"}
+
+
+def test_copies_are_read_with_what_held_out_images_get(corner):
+    """Four random pixels have few dimensions, where chance alone passes 1/2; 64 have many, where nothing does."""
+    samples, held_out = SAMPLES.clone(), random_images(100, 5)
+    samples[:6] = REAL[:6]
+    reference = Reference(images_in_memory(REAL), held_out=images_in_memory(held_out, "unseen"))
+    report = evaluate(images_in_memory(samples), reference, corner, ["copies", "copies_features"])
+    assert report.metrics["copies"] == 0.1
+    assert report.beside["copies"] == {"held_out": 0, "threshold": 0.5}
+    beside = report.beside["copies_features"]
+    found = measure_copies(*(Corner()(images).pooled for images in (samples, REAL, held_out)))
+    assert report.metrics["copies_features"] == found.share >= 0.1
+    assert beside["held_out"] == 0.01
+    assert beside["threshold"] == found.threshold < 0.5
+    assert beside["at_0.5"] > found.share
+    assert beside["held_out_at_0.5"] > 0.01
+    assert report.reference["held_out"] == {"source": "unseen", "num_images": 100}
+    assert report.settings["copies_nearest"] == 50
+    assert "copies           0.1 (held_out 0, threshold 0.5)" in report.to_table()
+
+
+def test_copies_of_other_shapes_are_refused_before_the_images_are_read(corner):
+    small, real = images_in_memory(SAMPLES[..., :4]), images_in_memory(REAL)
+    with pytest.raises(ValueError, match=r"`samples` must have the channels.*1 by 8 by 4 for 1 by 8 by 8"):
+        evaluate(small, Reference(real), corner, ["copies"])
+    with pytest.raises(ValueError, match="`held_out` must have the channels"):
+        Evaluator(Reference(real, held_out=small), corner, ["copies"])
+    with pytest.raises(ValueError, match=r"`copies_nearest` must be from 2 to the 50 images.*got 51"):
+        Evaluator(Reference(real), corner, ["copies"], EvaluationSettings(copies_nearest=51))
 
 
 def test_a_metric_does_not_depend_on_the_others(corner):
@@ -262,6 +296,37 @@ def test_command_prints_a_table_and_writes_the_report(folder, tmp_path, capsys):
     assert len(written["features"]["weights_sha256"]) == 64
 
 
+def test_command_draws_the_nearest_neighbours_without_a_network(folder, tmp_path, capsys):
+    """Twelve samples of which two are copies: the picture shows eight rows, those two first."""
+    samples = SAMPLES[:12].clone()
+    samples[[3, 7]] = REAL[[10, 20]]
+    np.savez(tmp_path / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    inputs = [
+        "--samples",
+        tmp_path / "samples.npz",
+        "--reference",
+        folder / "real",
+        "--held_out",
+        folder / "samples.npz",
+    ]
+    picture = tmp_path / "new" / "grid.png"
+    args = parser.parse_args(["evaluate", *map(str, inputs), "--metrics", "copies", "--neighbours", str(picture)])
+    args.run(args)
+    table, last = capsys.readouterr().out.splitlines()
+    assert table == "copies  0.166667 (held_out 0, threshold 0.5)"
+    assert last == f"{picture}: the samples nearest to training images, by copies"
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    height = (pixels.shape[0] - TOP) / 8
+    labels = [pixels[int(TOP + row * height) : int(TOP + (row + 1) * height), :LEFT] for row in range(8)]
+    assert [bool((label[..., 0] - label[..., 2] > 60).any()) for label in labels] == [True] * 2 + [False] * 6
+    side, below = CELL + GAP, TOP + CELL // 2
+    first, nearest = (pixels[below, LEFT + start : LEFT + start + CELL] for start in (0, side + APART))
+    assert np.abs(first - nearest).mean() < 10  # drawn in other places of the raster
+    assert np.abs(first - pixels[below, LEFT + 2 * side + APART :][:CELL]).mean() > 30
+
+
 def test_command_keeps_statistics_for_the_next_time(folder, tmp_path, capsys):
     statistics, samples = tmp_path / "real.npz", folder / "samples.npz"
     run(folder, "--reference", folder / "real", "--save_statistics", statistics)
@@ -282,6 +347,11 @@ def test_command_refuses_bad_input_without_a_number(folder, tmp_path, capsys):
         ((*samples, *real, "--batch_size", 0), "batch_size"),
         ((*real, "--save_statistics", "real.pt"), "npz"),
         ((*samples, "--save_statistics", "real.npz"), "`reference`"),
+        ((*samples, *real, "--held_out", folder / "real"), "`held_out` is for copies"),
+        ((*samples, *real, "--neighbours", "grid.png"), "`neighbours` must end in .png and needs --metrics copies"),
+        ((*samples, *real, "--metrics", "copies", "--neighbours", "grid.txt"), "`neighbours` must end in .png"),
+        ((*samples, *real, "--metrics", "copies", "--copies_threshold", 1.5), "`copies_threshold` must be at most 1"),
+        ((*samples, *real, "--metrics", "copies", "--copies_nearest", 1), "`copies_nearest` must be at least 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(folder, *arguments)
