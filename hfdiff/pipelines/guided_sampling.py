@@ -16,9 +16,10 @@ from .components import config_of, dtype_of
 from .conditions import Conditions
 from .gaussian import clip_x0_, convert, from_x0, to_x0
 from .guidance import classifier_guidance, log_likelihood, shift_epsilon
+from .guide_checks import check_log_prob
 from .outputs import draws_from_zero
 from .steps import alpha_bar_at, unclipped
-from .training_free import GuidanceAtX0, check_log_prob
+from .training_free import GuidanceAtX0
 
 VARIANCE_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler")  # those that read a learned variance
 

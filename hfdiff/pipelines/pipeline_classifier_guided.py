@@ -28,6 +28,7 @@ from .counterfactual import (
 )
 from .draws import repeat_generators
 from .editing import Editing, Pictures, check_edit, read_known, read_pixels
+from .guide_checks import check_guide
 from .guided_sampling import GuidedSampling
 from .hub_mixin import HubMixin
 from .inputs import (
@@ -56,7 +57,7 @@ from .outputs import (
 from .recurrence import Recurrence, check_recurrence
 from .several_classifiers import main_classifier
 from .steps import scheduler_guides, set_timesteps, step_options
-from .training_free import GuidanceAtX0, GuidanceMethod, check_guide, check_method
+from .training_free import GuidanceAtX0, GuidanceMethod, check_method
 from .twisted import Particles, check_num_particles
 
 Scale = float | Tensor

@@ -98,7 +98,8 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
         known = self._known_pixels(image, mask_image, batch_size)
         latents = self._initial_noise(batch_size, generator, latents)
         timesteps = set_timesteps(self.scheduler, self._execution_device, num_inference_steps)
-        latents, intermediates, self._interrupt = latents * self.scheduler.init_noise_sigma, [], False
+        self._num_timesteps, self._interrupt = len(timesteps), False
+        latents, intermediates = latents * self.scheduler.init_noise_sigma, []
         leaves_level = [*(timesteps[:-1] != timesteps[1:]).tolist(), True]
         for i, t in enumerate(self.progress_bar(timesteps)):
             if known is not None:
@@ -199,6 +200,11 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
         return latents.to(self._execution_device, dtype)
 
     # --- images and data ---------------------------------------------------------------------------------------------
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that runs, or of the last one."""
+        return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:

@@ -304,9 +304,7 @@ def test_an_unguided_pipeline_refuses_a_mode_and_a_scheduler_of_no_diffusion(pip
 
 def test_weights_stored_in_fewer_bits_draw_in_what_they_compute_in():
     pipe = make_pipeline()
-    stored = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
-    pipe.unet.enable_layerwise_casting(**stored)
-    pipe.classifier.enable_layerwise_casting(**stored)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert pipe.dtype == torch.float32
     assert pipe(1, num_inference_steps=2, output_type="pt").images.isfinite().all()
 
