@@ -50,8 +50,12 @@ def split_heads(qkv: Tensor, num_heads: int, new_attention_order: bool) -> tuple
 
 
 def project(layer: nn.Conv1d, tokens: Tensor) -> Tensor:
-    """A convolution of width 1 on (B, L, C): with channels last, attention runs in fused kernels."""
-    return F.linear(tokens, layer.weight[:, :, 0], layer.bias)
+    """A convolution of width 1 on (B, L, C): with channels last, attention runs in fused kernels.
+
+    The layer itself is not called, so weights stored in fewer bits are converted here.
+    """
+    weight, bias = layer.weight[:, :, 0], layer.bias
+    return F.linear(tokens, weight.to(tokens.dtype), None if bias is None else bias.to(tokens.dtype))
 
 
 class AttentionBlock(nn.Module):

@@ -17,10 +17,27 @@ def config_of(component: Any, name: str) -> Any:
     return config.get(name) if hasattr(config, "get") else getattr(config, name, None)
 
 
+def class_names(component: Any) -> dict[int, str]:
+    """Names of the classes in a component's config, by their indices, which JSON makes strings; empty without any."""
+    return {int(index): str(name) for index, name in (config_of(component, "id2label") or {}).items()}
+
+
 def floats_of(module: nn.Module) -> Tensor:
     """A floating tensor of the module, for its device and dtype."""
     tensors = chain(module.parameters(), module.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+
+
+def dtype_of(component: Any) -> torch.dtype:
+    """What a component computes in: it may say so, where its weights are stored in fewer bits, or is as its weights."""
+    said = getattr(component, "dtype", None)
+    return said if isinstance(said, torch.dtype) else floats_of(component).dtype
+
+
+def latent_shape(unet: Any, batch_size: int) -> tuple[int, ...]:
+    """(B, C, H, W) of so many images."""
+    size = config_of(unet, "sample_size")
+    return (batch_size, config_of(unet, "in_channels"), *((size, size) if isinstance(size, int) else size))
 
 
 def is_of(component: Any, package: str) -> bool:

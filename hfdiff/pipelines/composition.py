@@ -34,13 +34,13 @@ class Composition:
         name = type(self).__name__
         if not labels:
             raise ValueError(f"`{name}` must have at least one label, got none.")
-        weights = [1.0] * len(labels) if weights is None else list(weights)
-        if len(weights) != len(labels) or not all(0 < weight < math.inf for weight in weights):
+        numbers = [1.0] * len(labels) if weights is None else _numbers(weights)
+        if len(numbers) != len(labels) or not all(0 < number < math.inf for number in numbers):
             raise ValueError(
                 f"`weights` of `{name}` must be a positive number for each of its {len(labels)} labels, got {weights}; "
                 "what an image should not be is asked for by `Not`."
             )
-        self.labels, self.weights = labels, weights
+        self.labels, self.weights = labels, numbers
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.labels))})"
@@ -90,6 +90,14 @@ def composed_log_likelihood(log_probs: Tensor, composed: Tensor) -> Tensor:
     """Σ_j w_j log Σ_k v_jk p(k | x) of log p(k | x), (B, K), and [`composed_labels`]; (B,)."""
     members, weights = composed.to(log_probs).split([composed.shape[-1] - 1, 1], dim=-1)
     return (weights[..., 0] * (members.log() + log_probs[:, None]).logsumexp(dim=-1)).sum(dim=-1)
+
+
+def _numbers(weights: Any) -> list[float]:
+    """Weights as floats; none where they are not numbers in a sequence."""
+    try:
+        return [float(weight) for weight in weights if not isinstance(weight, str)]
+    except (TypeError, ValueError):
+        return []
 
 
 def _terms(label: Any, num_classes: int, index_of: Callable[[Any], int]) -> list[Term]:

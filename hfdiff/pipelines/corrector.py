@@ -20,6 +20,7 @@ from torch import Tensor
 from .draws import uniform_per_image
 from .gaussian import convert
 from .guided_sampling import GuidedSampling
+from .inputs import check_integer
 from .noise import solve_step_size
 from .steps import alpha_bars
 
@@ -32,8 +33,7 @@ def check_corrector_steps(
     Raises:
         ValueError: then.
     """
-    if not isinstance(corrector_steps, int) or isinstance(corrector_steps, bool) or corrector_steps < 0:
-        raise ValueError(f"`corrector_steps` must be an integer of at least 0, got {corrector_steps!r}; 0 is off.")
+    check_integer("corrector_steps", corrector_steps, least=0, remedy="0 is off")
     if not corrector_steps:
         if corrector_accept:
             raise ValueError("`corrector_accept` needs `corrector_steps` above 0, got 0; give some, or leave it out.")

@@ -20,7 +20,7 @@ import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
-from .components import config_of, floats_of
+from .components import config_of, dtype_of
 from .gaussian import clip_x0_, convert, from_x0, to_x0
 from .guidance import logits_of
 from .guided_sampling import GuidedSampling
@@ -194,7 +194,7 @@ def search(
 
 def class_probabilities(classifier: Any, images: Tensor) -> Tensor:
     """p(y | x_0) of clean images in the model's range, (B, K), in float32 at least."""
-    logits = logits_of(classifier(images.to(floats_of(classifier).dtype), 0))
+    logits = logits_of(classifier(images.to(dtype_of(classifier)), 0))
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
 
 

@@ -10,7 +10,7 @@ Every scheduler's state is x_t = a x_0 + s ε; a and s are asked of its `add_noi
 """
 
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from .components import config_of
+from .inputs import check_integer
 
 Pictures = Image.Image | list[Image.Image] | np.ndarray | Tensor
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of PIL, for so many channels
@@ -216,9 +217,8 @@ def check_edit(
     """
     if mask_image is not None and image is None:
         raise ValueError("`image` and `mask_image` go together, got no `image`; give both or none.")
-    for name, number in (("num_resamples", num_resamples), ("jump_length", jump_length)):
-        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {number!r}.")
+    check_integer("num_resamples", num_resamples, remedy="1 makes each step once")
+    check_integer("jump_length", jump_length)
     if num_resamples > 1 and mask_image is None:
         raise ValueError(
             f"`num_resamples` needs a `mask_image`, got {num_resamples} without; leave it out, or say what to draw."

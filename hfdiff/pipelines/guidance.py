@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .components import dtype_of
 from .composition import composed_log_likelihood
 
 
@@ -105,9 +106,9 @@ def per_image(scale: float | Tensor, images: Tensor) -> float | Tensor:
 
 
 def _dtype(classifier: Any, xt: Tensor) -> torch.dtype:
-    """The dtype of a module's parameters, which is that of its input."""
+    """What a module with weights computes in, which is the dtype of its input."""
     parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
-    return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), xt.dtype)
+    return dtype_of(classifier) if any(parameter.is_floating_point() for parameter in parameters) else xt.dtype
 
 
 def shift_mean(mean: Tensor, variance: Tensor | float, gradient: Tensor) -> Tensor:

@@ -4,19 +4,22 @@ Every way of guiding is a part of `evaluate`, which gives the model output and t
 a part of `reverse`, which makes x_{t-1} of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .classifier_free import Reference, extrapolate
-from .components import config_of, floats_of
+from .components import config_of, dtype_of
+from .conditions import Conditions
 from .gaussian import clip_x0_, convert, from_x0, to_x0
 from .guidance import classifier_guidance, log_likelihood, shift_epsilon
+from .guide_checks import check_log_prob
 from .outputs import draws_from_zero
 from .steps import alpha_bar_at, unclipped
-from .training_free import GuidanceAtX0, check_log_prob
+from .training_free import GuidanceAtX0
 
 VARIANCE_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler")  # those that read a learned variance
 
@@ -42,14 +45,10 @@ class GuidedSampling:
         unet: predicts from (x_t, t), and the labels where it has class embeddings.
         classifier: of (x_t, t), or of x_0 where it `reads_x0`; None where there is none.
         scheduler: whose timesteps are set.
-        labels: of the images; None draws them unguided.
-        scales: w of each step: one for all images, or (B,); a float 0 is off.
+        conditions: of the images.
+        at_x0: how guides of the predicted x_0 guide, and the method's other options.
         shifts_mean: whether the scheduler's `step` follows the guidance by itself.
         options: what else `step` is given.
-        at_x0: how guides of the predicted x_0 guide, and the method's other options.
-        guide: (x_t, t, x_0) to log f, (B,); None where there is none.
-        guided: of each step, whether it follows the guide.
-        references: predictions to guide away from.
     """
 
     def __init__(
@@ -57,19 +56,14 @@ class GuidedSampling:
         unet: Any,
         classifier: Any,
         scheduler: Any,
-        labels: Tensor | None,
-        scales: Sequence[float | Tensor],
-        shifts_mean: bool,
-        options: dict[str, Any],
+        conditions: Conditions,
         at_x0: GuidanceAtX0,
-        guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
-        guided: Sequence[bool],
-        references: Sequence[Reference] = (),
+        shifts_mean: bool = False,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.unet, self.classifier, self.scheduler = unet, classifier, scheduler
-        self.labels, self.scales = labels, scales
-        self.shifts_mean, self.options, self.references = shifts_mean, options, references
-        self.at_x0, self.guide, self.guided = at_x0, guide, guided
+        self.conditions, self.at_x0 = conditions, at_x0
+        self.shifts_mean, self.options = shifts_mean, options
 
     def evaluate(self, xt: Tensor, timestep: Tensor, index: int) -> Evaluation:
         """The model output at x_t, and the guidance where the step is guided.
@@ -85,7 +79,7 @@ class GuidedSampling:
         )
         if noisy is None:
             return evaluation
-        method, scale = self.at_x0.method, self.scales[index]
+        method, scale = self.at_x0.method, self.conditions.scales[index]
         log_prob, gradient = classifier_guidance(
             self.classifier, xt, timestep, noisy, scale, method.temperatures, method.entropy_scale
         )
@@ -95,8 +89,8 @@ class GuidedSampling:
 
     def labels_at(self, index: int) -> Tensor | None:
         """The labels that the classifier guides a step to; None where it does not."""
-        scale = self.scales[index]
-        return None if isinstance(scale, float) and scale == 0 else self.labels
+        scale = self.conditions.scales[index]
+        return None if isinstance(scale, float) and scale == 0 else self.conditions.labels
 
     def noisy_labels(self, index: int) -> Tensor | None:
         """Those of a classifier of noisy images."""
@@ -108,7 +102,7 @@ class GuidedSampling:
 
     def guides_at_x0(self, index: int) -> bool:
         """Whether a step is guided at the predicted x_0."""
-        return self.clean_labels(index) is not None or (self.guide is not None and self.guided[index])
+        return self.clean_labels(index) is not None or self.conditions.guide_at(index) is not None
 
     def is_guided(self, index: int) -> bool:
         """Whether anything guides a step."""
@@ -116,7 +110,7 @@ class GuidedSampling:
 
     def _evaluate_at_x0(self, xt: Tensor, timestep: Tensor, index: int) -> Evaluation:
         """What is guided by log f(x_0): the classifier of clean images, w log p(y | x_0), and the caller's guide."""
-        labels, guide = self.clean_labels(index), self.guide if self.guided[index] else None
+        labels, guide = self.clean_labels(index), self.conditions.guide_at(index)
 
         def predict(xt: Tensor) -> tuple[Tensor, Tensor]:
             output = self.predict(xt, timestep, index)
@@ -125,9 +119,9 @@ class GuidedSampling:
         def log_prob(xt: Tensor, x0: Tensor) -> Tensor:
             total = torch.zeros((), device=x0.device)
             if labels is not None:
-                images = (2 * x0 - 1 if draws_from_zero(self.unet) else x0).to(floats_of(self.classifier).dtype)
+                images = (2 * x0 - 1 if draws_from_zero(self.unet) else x0).to(dtype_of(self.classifier))
                 logits = self.classifier(images).logits
-                total = self.scales[index] * log_likelihood(logits, labels, self.at_x0.method.temperatures)
+                total = self.conditions.scales[index] * log_likelihood(logits, labels, self.at_x0.method.temperatures)
             if guide is not None:
                 total = total + check_log_prob(guide(xt, timestep, x0), xt, index, timestep)
             return total
@@ -143,10 +137,10 @@ class GuidedSampling:
 
     def predict(self, xt: Tensor, timestep: Tensor, index: int) -> Tensor:
         """The model output in the dtype of x_t, without a learned variance that the scheduler would not read."""
-        output = self._run(self.unet, self.labels, xt, timestep)
+        output = self._run(self.unet, self.conditions.labels, xt, timestep)
         references = [
             (reference.scales[index], self._run(reference.unet, self._told(reference), xt, timestep)[:, : xt.shape[1]])
-            for reference in self.references
+            for reference in self.conditions.references
             if reference.scales[index] != 1
         ]
         if references:
@@ -156,19 +150,13 @@ class GuidedSampling:
 
     def _run(self, unet: Any, labels: Tensor | None, xt: Tensor, timestep: Tensor) -> Tensor:
         condition = {} if config_of(unet, "num_class_embeds") is None else {"class_labels": labels}
-        return unet(xt.to(floats_of(unet).dtype), timestep, **condition).sample.to(xt.dtype)
+        return unet(xt.to(dtype_of(unet)), timestep, **condition).sample.to(xt.dtype)
 
     def _told(self, reference: Reference) -> Tensor | None:
         """The labels that a reference is told: its images', or the one after the last class, which stands for none."""
-        if not reference.drops_class or self.labels is None:
-            return self.labels
-        return torch.full_like(self.labels, config_of(reference.unet, "num_class_embeds") - 1)
-
-    def repeat(self, times: int) -> None:
-        """Draws each image so many times, side by side."""
-        if self.labels is not None:
-            self.labels = self.labels.repeat_interleave(times, dim=0)
-        self.scales = [scale.repeat_interleave(times) if isinstance(scale, Tensor) else scale for scale in self.scales]
+        if not reference.drops_class or self.conditions.labels is None:
+            return self.conditions.labels
+        return torch.full_like(self.conditions.labels, config_of(reference.unet, "num_class_embeds") - 1)
 
     def reverse(
         self,
@@ -184,7 +172,7 @@ class GuidedSampling:
 
         Further options are the `step`'s, in place of the call's.
         """
-        options = self.options | options
+        options = {**self.options, **options}
         if gradient is None:
             return self.scheduler.step(output, timestep, latents, **options), output
         if self.shifts_mean:

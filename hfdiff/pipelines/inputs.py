@@ -25,6 +25,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {choices}, got {value!r}; choose one of these.")
 
 
+def check_integer(name: str, value: Any, least: int = 1, remedy: str = "") -> None:
+    """Refuses a value that is not an integer of at least `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        end = f"; {remedy}." if remedy else "."
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}{end}")
+
+
 def check_num_inference_steps(steps: Any, num_train_timesteps: float) -> None:
     """Refuses a number of steps that is not an integer in [1, num_train_timesteps], of which the latter may be ∞."""
     if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= int(steps) <= num_train_timesteps:
@@ -98,8 +105,7 @@ def scale_at(progress: float, guidance_scale: Any, batch_size: int) -> float | T
 
 def check_batch_size(batch_size: Any, labels: Tensor | None) -> int:
     """How many images: as many as labels, or `batch_size`, an integer of at least 1, where there are none."""
-    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+    check_integer("batch_size", batch_size)
     if labels is None:
         return int(batch_size)
     if batch_size not in (1, len(labels)):
@@ -127,8 +133,8 @@ def check_latents(latents: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtyp
     if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
         came = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         raise ValueError(
-            f"`latents` must be a tensor of shape {shape}: one per image, with the UNet's channels and size; "
-            f"got {came}."
+            f"`latents` must be a tensor of shape {shape}: one per image, or particle, with the UNet's "
+            f"channels and size; got {came}."
         )
     if latents.dtype not in dtypes:
         raise ValueError(

@@ -14,7 +14,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from .classifier_free import make_references
-from .components import check_components, config_of, floats_of, join_classifiers
+from .components import check_components, class_names, config_of, dtype_of, floats_of, join_classifiers, latent_shape
+from .conditions import Conditions, labels_of_call, scale_of_call
 from .corrector import Corrector, check_corrector_steps
 from .counterfactual import (
     MULTIPLES,
@@ -27,6 +28,7 @@ from .counterfactual import (
 )
 from .draws import repeat_generators
 from .editing import Editing, Pictures, check_edit, read_known, read_pixels
+from .guide_checks import check_guide
 from .guided_sampling import GuidedSampling
 from .hub_mixin import HubMixin
 from .inputs import (
@@ -46,12 +48,14 @@ from .outputs import (
     OUTPUT_TYPES,
     GuidedOutput,
     StepCallback,
+    check_callback,
     check_finite,
     draws_from_zero,
-    format_images,
+    images_of,
+    latents_of,
 )
 from .recurrence import Recurrence, check_recurrence
-from .several_classifiers import joint_labels, joint_scales, main_classifier, members_of
+from .several_classifiers import main_classifier
 from .steps import scheduler_guides, set_timesteps, step_options
 from .training_free import GuidanceAtX0, GuidanceMethod, check_method
 from .twisted import Particles, check_num_particles
@@ -198,15 +202,17 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         start, end = check_guidance_interval(guidance_interval)
-        for name in callback_on_step_end_tensor_inputs:
-            check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_components(self.unet, self.classifier, self.scheduler, self.id2label)
         guides = self.classifier is not None or guide is not None
-        shifts_mean = scheduler_guides(self.scheduler, guidance_mode) if guides else False
-        labels = self._labels(class_labels, guidance_scale)
+        shifts_mean = scheduler_guides(self.scheduler, guidance_mode, guides)
+        classes = (self.num_classes, self.id2label)
+        labels = labels_of_call(class_labels, guidance_scale, self.unet, self.classifier, *classes)
+        labels = None if labels is None else labels.to(self._execution_device)
         count = check_batch_size(batch_size, labels)
-        self._guidance_scale = self._choose_scale(guidance_scale, labels)
+        self._guidance_scale = scale_of_call(guidance_scale, labels, self.classifier, self.default_guidance_scale)
         check_generator(generator, count)
+        check_guide(guide)
         method = check_method(method, guide, self.classifier)
         check_recurrence(method.recurrence, self.scheduler, num_particles)
         check_corrector_steps(corrector_steps, corrector_accept, self.scheduler, num_particles, mask_image is not None)
@@ -234,19 +240,9 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         self._num_timesteps, self._interrupt = len(path), False
 
         at_x0 = GuidanceAtX0(method, self.scheduler, steps, particle_generator)
-        sampling = GuidedSampling(
-            self.unet,
-            self.classifier,
-            self.scheduler,
-            labels,
-            scales,
-            shifts_mean,
-            options,
-            at_x0,
-            guide,
-            active,
-            references,
-        )
+        conditions = Conditions(labels, scales, guide, active, references)
+        parts = (self.unet, self.classifier, self.scheduler)
+        sampling = GuidedSampling(*parts, conditions, at_x0, shifts_mean, options)
         recur = Recurrence(sampling, steps, method.recurrence, generator) if method.recurrence > 1 else None
         correct = None
         if corrector_steps:
@@ -272,14 +268,14 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
                 if "pred_original_sample" in callback_on_step_end_tensor_inputs:
                     tensors["pred_original_sample"] = sampling.predicted_x0(step, output, xt, t, i)
                 tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                latents = callback_on_step_end(self, call, t, tensors).pop("latents", latents)
+                latents = latents_of(callback_on_step_end(self, call, t, tensors), latents, call, t)
             if self._interrupt:
                 break
 
         latents = latents if edit is None else edit.end(latents)
         self.maybe_free_model_hooks()
         check_finite(latents)
-        images = self._to_images(latents, output_type)
+        images = images_of(latents, self.unet, output_type)
         if not return_dict:
             return (images,)
         return GuidedOutput(images, None if particles is None else torch.stack(particles.effective_sample_sizes))
@@ -334,25 +330,23 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
         def make_sampling(labels: Tensor, scale: float) -> GuidedSampling:
             scales = [scale] * num_inference_steps
             at_x0 = GuidanceAtX0(GuidanceMethod(), self.scheduler, self.scheduler.timesteps, None)
-            every = [True] * num_inference_steps
-            return GuidedSampling(
-                self.unet, self.classifier, self.scheduler, labels, scales, False, {}, at_x0, None, every
-            )
+            return GuidedSampling(self.unet, self.classifier, self.scheduler, Conditions(labels, scales), at_x0)
 
         nearest, original = search(
             inversion, make_sampling, self.classifier, labels, strengths, scales, confidence, return_intermediates
         )
         self.maybe_free_model_hooks()
         check_finite(nearest.images)
+        film = None if nearest.film is None else [images_of(x, self.unet, output_type) for x in nearest.film]
         output = CounterfactualOutput(
-            images=self._to_images(nearest.images, output_type),
+            images=images_of(nearest.images, self.unet, output_type),
             l2=nearest.change().norm(dim=1),
             l1=nearest.change().abs().sum(dim=1),
             original_labels=original,
             probabilities=nearest.probabilities,
             strengths=nearest.strengths,
             scales=nearest.scales,
-            intermediates=None if nearest.film is None else [self._to_images(x, output_type) for x in nearest.film],
+            intermediates=film,
         )
         return output if return_dict else output.to_tuple()
 
@@ -369,51 +363,6 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
 
     # --- what a call is given ----------------------------------------------------------------------------------------
 
-    def _labels(self, class_labels: Labels | None, guidance_scale: Any) -> Tensor | None:
-        """The labels on the device; None for unguided images of a UNet without classes."""
-        conditional = config_of(self.unet, "num_class_embeds") is not None
-        if class_labels is None:
-            if conditional:
-                raise ValueError(
-                    "`class_labels` must be given, got None: the UNet is class-conditional; ask for some of its "
-                    f"{self.num_classes} classes."
-                )
-            if guidance_scale is not None and not (isinstance(guidance_scale, int | float) and guidance_scale == 0):
-                raise ValueError(
-                    f"`class_labels` must be given to be guided to, got None with a `guidance_scale` of "
-                    f"{guidance_scale!r}; name classes, or leave the scale out for unguided images."
-                )
-            return None
-        if self.classifier is None and not conditional:
-            raise ValueError(
-                f"`class_labels` needs a classifier, or a UNet with class embeddings, got {class_labels!r} without; "
-                "open the pipeline with `classifier=`, or leave the labels out for unguided images."
-            )
-        members = members_of(self.classifier)
-        if members:
-            labels = joint_labels(class_labels, members, joint_scales(guidance_scale, members))
-        else:
-            labels = label_tensor(class_labels, self.num_classes, self.id2label)
-        if conditional and labels.is_floating_point():
-            raise ValueError(
-                "`class_labels` must be classes, one per image, for a class-conditional UNet, whose embeddings do not "
-                f"mix, got {class_labels!r}; give indices or names."
-            )
-        return labels.to(self._execution_device)
-
-    def _choose_scale(self, guidance_scale: Any, labels: Tensor | None) -> Any:
-        """w of a call: the one given, or the default one, where there is something to be guided by."""
-        if labels is None or (self.classifier is None and guidance_scale is None):
-            return 0.0
-        if members := members_of(self.classifier):  # the scales are in the labels' terms
-            return 1.0 if any(joint_scales(guidance_scale, members).values()) else 0.0
-        if self.classifier is None and guidance_scale != 0:
-            raise ValueError(
-                f"`guidance_scale` needs a classifier, got {guidance_scale!r} without; open the pipeline with "
-                "`classifier=`, or leave the scale out."
-            )
-        return self.default_guidance_scale if guidance_scale is None else guidance_scale
-
     def _edit(self, count: int, image: Any, strength: Any, mask_image: Any, *resampling: int) -> Editing | None:
         """What a call keeps of an image; None where it is given none."""
         strength = check_edit(self.scheduler, image, strength, mask_image, *resampling)
@@ -421,26 +370,16 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
             return None
         pixels, known = self._pixels(image, count), None
         if mask_image is not None:
-            known = read_known(mask_image, self._shape(count)).to(self._execution_device)
+            known = read_known(mask_image, latent_shape(self.unet, count)).to(self._execution_device)
         return Editing(pixels, known, strength, *resampling)
 
     def _pixels(self, image: Any, count: int) -> Tensor:
         """Pictures as latents, (B or 1, C, H, W)."""
-        pixels = read_pixels(image, self._shape(count), draws_from_zero(self.unet))
+        pixels = read_pixels(image, latent_shape(self.unet, count), draws_from_zero(self.unet))
         return pixels.to(self._execution_device, torch.promote_types(self.dtype, torch.float32))
 
-    def _to_images(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return latents
-        return format_images(latents if draws_from_zero(self.unet) else latents / 2 + 0.5, output_type)
-
-    def _shape(self, batch_size: int) -> tuple[int, ...]:
-        size = config_of(self.unet, "sample_size")
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        return (batch_size, config_of(self.unet, "in_channels"), *size)
-
     def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
-        shape, model_dtype = self._shape(batch_size), self.dtype
+        shape, model_dtype = latent_shape(self.unet, batch_size), self.dtype
         dtype = torch.promote_types(model_dtype, torch.float32)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
@@ -458,8 +397,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     @property
     def id2label(self) -> dict[int, str]:
         """Names of the classes: those of the first classifier, else the pipeline's own; empty where they have none."""
-        names = config_of(main_classifier(self.classifier), "id2label") or self.config.id2label or {}
-        return {int(index): str(name) for index, name in names.items()}
+        return class_names(main_classifier(self.classifier)) or class_names(self)
 
     @property
     def num_classes(self) -> int | None:
@@ -492,7 +430,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
     @property
     def dtype(self) -> torch.dtype:
         """The UNet's."""
-        return floats_of(self.unet).dtype
+        return dtype_of(self.unet)
 
     def to(self, *args: Any, **kwargs: Any) -> "ClassifierGuidedPipeline":
         """Moves or converts all components, in place; arguments as of `DiffusionPipeline.to`."""

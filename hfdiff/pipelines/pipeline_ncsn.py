@@ -10,17 +10,20 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .components import latent_shape
 from .editing import Pictures, read_known, read_pixels
 from .hub_mixin import HubMixin
-from .inputs import check_batch_size, check_choice, check_generator, check_latents
+from .inputs import check_batch_size, check_choice, check_generator, check_integer, check_latents
 from .outputs import (
     CALLBACK_TENSORS,
     OUTPUT_TYPES,
     LevelwiseOutput,
     StepCallback,
+    check_callback,
     check_finite,
     draws_from_zero,
-    format_images,
+    images_of,
+    latents_of,
 )
 from .steps import set_timesteps
 
@@ -89,14 +92,14 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
             ValueError: for an argument out of its range, before any model runs.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        for name in callback_on_step_end_tensor_inputs:
-            check_choice("callback_on_step_end_tensor_inputs", name, tuple(self._callback_tensor_inputs))
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_batch_size(batch_size, labels=None)
         check_generator(generator, batch_size)
         known = self._known_pixels(image, mask_image, batch_size)
         latents = self._initial_noise(batch_size, generator, latents)
         timesteps = set_timesteps(self.scheduler, self._execution_device, num_inference_steps)
-        latents, intermediates, self._interrupt = latents * self.scheduler.init_noise_sigma, [], False
+        self._num_timesteps, self._interrupt = len(timesteps), False
+        latents, intermediates = latents * self.scheduler.init_noise_sigma, []
         leaves_level = [*(timesteps[:-1] != timesteps[1:]).tolist(), True]
         for i, t in enumerate(self.progress_bar(timesteps)):
             if known is not None:
@@ -109,9 +112,9 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "model_input": xt, "pred_original_sample": step.pred_original_sample}
                 tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
+                latents = latents_of(callback_on_step_end(self, i, t, tensors), latents, i, t)
             if return_intermediates and leaves_level[i]:
-                intermediates.append(self._to_images(latents, output_type))
+                intermediates.append(images_of(latents, self.unet, output_type))
             if self._interrupt:
                 break
         if known is not None:
@@ -119,7 +122,7 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
             latents = torch.where(kept, pixels, latents)
         self.maybe_free_model_hooks()
         check_finite(latents)
-        images = self._to_images(latents, output_type)
+        images = images_of(latents, self.unet, output_type)
         states = intermediates if return_intermediates else None
         if not return_dict:
             return (images,) if states is None else (images, states)
@@ -151,8 +154,7 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
             ValueError: for fewer than 2 images, other than 1 or 2 generators, or an unknown output type.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        if num_images < 2:
-            raise ValueError(f"`num_images` must be at least 2, the two ends, got {num_images}.")
+        check_integer("num_images", num_images, least=2, remedy="two are the ends")
         pair = generator if isinstance(generator, list | tuple) else [generator, generator]
         if len(pair) != 2:
             raise ValueError(
@@ -172,7 +174,7 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
             latents = self.scheduler.step(output, t, latents, variance_noise=mixed()).prev_sample
         self.maybe_free_model_hooks()
         check_finite(latents)
-        return self._to_images(latents, output_type)
+        return images_of(latents, self.unet, output_type)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -186,20 +188,23 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
 
     def _unit_noise(self, batch_size: int, generator: Any) -> Tensor:
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
-        return randn_tensor(self._shape(batch_size), generator=generator, device=self._execution_device, dtype=dtype)
-
-    def _shape(self, batch_size: int) -> tuple[int, ...]:
-        size = self.unet.config.sample_size
-        return (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        return randn_tensor(
+            latent_shape(self.unet, batch_size), generator=generator, device=self._execution_device, dtype=dtype
+        )
 
     def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
         if latents is None:
             return self._unit_noise(batch_size, generator)
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
-        check_latents(latents, self._shape(batch_size), (dtype, self.unet.dtype))
+        check_latents(latents, latent_shape(self.unet, batch_size), (dtype, self.unet.dtype))
         return latents.to(self._execution_device, dtype)
 
     # --- images and data ---------------------------------------------------------------------------------------------
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that runs, or of the last one."""
+        return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
@@ -215,12 +220,7 @@ class NCSNPipeline(HubMixin, DiffusionPipeline):
             raise ValueError(f"`image` and `mask_image` go together, got no `{missing}`; give both or none.")
         if image is None:
             return None
-        pixels = read_pixels(image, self._shape(batch_size), draws_from_zero(self.unet))
-        known = read_known(mask_image, self._shape(batch_size))
+        pixels = read_pixels(image, latent_shape(self.unet, batch_size), draws_from_zero(self.unet))
+        known = read_known(mask_image, latent_shape(self.unet, batch_size))
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         return pixels.to(self._execution_device, dtype), known.to(self._execution_device)
-
-    def _to_images(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return latents
-        return format_images(latents if draws_from_zero(self.unet) else latents / 2 + 0.5, output_type)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .components import config_of
+from .components import class_names, config_of
 from .composition import composed_labels
 from .inputs import label_index_in, labels_of
 
@@ -67,7 +67,12 @@ def joint_labels(class_labels: Any, members: Mapping[str, Any], scales: Mapping[
     starts = dict(zip(counts, torch.tensor([0, *counts.values()]).cumsum(0).tolist()))
     parts = []
     for name, labels in class_labels.items():
-        index_of = label_index_in(counts[name], named_classes(members[name]))
+        if isinstance(labels, Tensor) and labels.is_floating_point():
+            raise ValueError(
+                f"`class_labels` of {name!r} must be classes or compositions of them where there are several "
+                f"classifiers, got probabilities of shape {tuple(labels.shape)}; use `Either`, with weights."
+            )
+        index_of = label_index_in(counts[name], class_names(members[name]))
         own = composed_labels(labels_of(labels), counts[name], index_of)
         joint = torch.zeros(*own.shape[:2], sum(counts.values()) + 1)
         joint[..., starts[name] : starts[name] + counts[name]] = len(members) * own[..., :-1]  # probabilities share 1
@@ -96,8 +101,3 @@ def joint_scales(guidance_scale: Scales, members: Mapping[str, Any]) -> dict[str
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
             raise ValueError(f"`guidance_scale` of {name!r} must be a finite number of at least 0, got {scale!r}.")
     return chosen
-
-
-def named_classes(member: Any) -> dict[int, str]:
-    """Names of a classifier's classes."""
-    return {int(index): str(name) for index, name in (config_of(member, "id2label") or {}).items()}

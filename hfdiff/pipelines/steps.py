@@ -24,6 +24,17 @@ def parameters_of(function: Callable) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
+def takes(function: Callable, count: int) -> bool:
+    """Whether a function can be called with so many arguments, as far as it tells."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # of a function that has no signature
+        return True
+    return True
+
+
 def set_timesteps(
     scheduler: Any,
     device: torch.device,
@@ -111,13 +122,20 @@ def kept_state(scheduler: Any) -> Iterator[None]:
         vars(scheduler).update(state)
 
 
-def scheduler_guides(scheduler: Any, guidance_mode: str) -> bool:
+def scheduler_guides(scheduler: Any, guidance_mode: str, is_guided: bool = True) -> bool:
     """Whether a scheduler's `step` follows a guidance mode by itself; if not, its score is to be shifted.
 
     Raises:
-        ValueError: for a mode that the scheduler cannot follow.
+        ValueError: for a mode that the scheduler cannot follow, or a scheduler of no diffusion model.
     """
     check_choice("guidance_mode", guidance_mode, GUIDANCE_MODES)
+    if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
+        raise ValueError(
+            "`scheduler` must be of diffusion models, with `init_noise_sigma` and `scale_model_input`, got "
+            f"{type(scheduler).__name__}; use a scheduler of the DDPM family."
+        )
+    if not is_guided:
+        return False
     takes_guidance = "guidance" in parameters_of(scheduler.step)
     name = type(scheduler).__name__
     own_mode = getattr(scheduler, "guidance_mode", "mean_shift") if takes_guidance else None

@@ -15,12 +15,15 @@ Universal Guidance (Bansal et al. 2023, eq. 9); 1-ᾱ is the variance of x_0 giv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .guide_checks import check_gradient, check_projected
+from .inputs import check_choice, check_integer
 from .steps import alpha_bars
 
 AT_X0 = ("rho", "mu", "iterations", "smoothing", "samples", "rho_schedule", "mu_schedule", "projection")
@@ -64,15 +67,15 @@ class GuidanceMethod:
 
     def __post_init__(self) -> None:
         for name in ("rho", "mu", "smoothing", "joint_temperature", "marginal_temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be finite and at least 0, got {getattr(self, name)!r}.")
-        for name in ("recurrence", "iterations", "samples"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
+                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
+        if self.projection is not None and not callable(self.projection):
+            raise ValueError(f"`projection` must be a function of x_0, got {self.projection!r}; leave it out for none.")
+        for name in ("recurrence", "iterations", "samples"):
+            check_integer(name, getattr(self, name))
         for name in ("rho_schedule", "mu_schedule"):
-            if getattr(self, name) not in SCHEDULES:
-                raise ValueError(f"`{name}` must be one of {SCHEDULES}, got {getattr(self, name)!r}.")
+            check_choice(name, getattr(self, name), SCHEDULES)
         if self.rho == self.mu == 0:
             raise ValueError("`rho` or `mu` must be above 0, got 0 for both; guidance is switched off by its scale.")
 
@@ -174,10 +177,10 @@ class GuidanceAtX0:
             if rho > 0:
                 with torch.enable_grad():
                     value = smooth(xt, x0)
-                    gradient = rho * torch.autograd.grad(value.sum(), xt)[0]
+                    gradient = rho * self._gradient(value, xt, "x_t, or x_0", index)
                 xt = xt.detach()
             if mu > 0:
-                shift, first = self._shift(smooth, xt, x0.detach().clone(), mu * (1 - alpha_bar))
+                shift, first = self._shift(smooth, xt, x0.detach().clone(), mu * (1 - alpha_bar), index)
                 gradient += alpha_bar**0.5 / (1 - alpha_bar) * shift
                 value = value if rho > 0 else first
         return output.detach(), gradient, value.detach()
@@ -188,17 +191,23 @@ class GuidanceAtX0:
             return [1.0] * len(self.timesteps)
         return strengths(schedule, alpha_bars(self.scheduler, self.timesteps))
 
-    def _shift(self, smooth: Callable, xt: Tensor, x0: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    def _gradient(self, value: Tensor, x: Tensor, name: str, index: int) -> Tensor:
+        """∇ of log f by x."""
+        (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        return check_gradient(gradient, name, index, self.timesteps[index])
+
+    def _shift(self, smooth: Callable, xt: Tensor, x0: Tensor, strength: float, index: int) -> tuple[Tensor, Tensor]:
         """Δ_0, and log f̃(x̂_0)."""
         x, first = x0, None
         for _ in range(self.method.iterations):
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
                 value = smooth(xt, x)
-                (gradient,) = torch.autograd.grad(value.sum(), x)
+                gradient = self._gradient(value, x, "x_0", index)
             first = value if first is None else first
             x = x.detach() + strength * gradient
-            x = x if self.method.projection is None else self.method.projection(x)
+            if self.method.projection is not None:
+                x = check_projected(self.method.projection(x), x, index, self.timesteps[index])
         assert first is not None
         return x - x0, first
 
@@ -233,17 +242,20 @@ def check_method(method: Any, guide: Any, classifier: Any) -> GuidanceMethod:
     """The method of a call, the default where there is none.
 
     Raises:
-        ValueError: for what is none, a guide that cannot be called, or options that nothing would read.
+        ValueError: for what is none, or options that nothing would read.
     """
-    if guide is not None and not callable(guide):
-        raise ValueError(
-            f"`guide` must be a function of (x_t, t, x_0) that gives one log-probability per image, got {guide!r}."
-        )
     if method is None:
         return GuidanceMethod()
     if not isinstance(method, GuidanceMethod):
         raise ValueError(f"`method` must be a GuidanceMethod, such as GuidanceMethod.freedom(), got {method!r}.")
     reads_x0 = getattr(classifier, "reads_x0", False)
+    if classifier is None and guide is None and method != GuidanceMethod():
+        raise ValueError("`method` needs a classifier or a `guide`, got neither; leave it out.")
+    if classifier is None and method.temperatures != (1.0, 1.0):
+        raise ValueError(
+            f"`method` changes a classifier's logits, got temperatures of {method.temperatures} without one; leave "
+            "these out."
+        )
     changed = [name for name in AT_X0 if getattr(method, name) != getattr(GuidanceMethod, name)]
     if changed and guide is None and not reads_x0:
         raise ValueError(
@@ -261,29 +273,3 @@ def check_method(method: Any, guide: Any, classifier: Any) -> GuidanceMethod:
             "these out."
         )
     return method
-
-
-def check_log_prob(log_prob: Any, xt: Tensor, index: int, timestep: Any) -> Tensor:
-    """Refuses what a guide gives where it is no log-probability of each image that a gradient comes from.
-
-    Raises:
-        ValueError: then, with the step.
-    """
-    step = f"at step {index} (timestep {float(timestep):g})"
-    if not isinstance(log_prob, Tensor) or log_prob.shape != xt.shape[:1]:
-        came = f"shape {tuple(log_prob.shape)}" if isinstance(log_prob, Tensor) else f"a {type(log_prob).__name__}"
-        raise ValueError(
-            f"`guide` must give one log-probability per image, of shape ({len(xt)},), got {came} {step}; sum over each "
-            "image's pixels."
-        )
-    if not log_prob.isfinite().all():
-        raise ValueError(
-            f"`guide` must give finite log-probabilities, got {log_prob.tolist()} {step}; bound what it computes, or "
-            "its strength."
-        )
-    if not log_prob.requires_grad:
-        raise ValueError(
-            f"`guide` must give a value that torch can differentiate by x_0 or x_t, got one without a graph {step}; "
-            "compute it from them by torch, without `detach` or `no_grad`."
-        )
-    return log_prob

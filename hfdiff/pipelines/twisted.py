@@ -18,6 +18,7 @@ from torch import Tensor
 from .draws import repeat_generators, uniform_per_image
 from .editing import Editing
 from .guided_sampling import Evaluation, GuidedSampling
+from .inputs import check_integer
 from .steps import parameters_of
 
 RESAMPLE_BELOW = 0.5  # of K: the effective sample size that lets the particles be resampled (the paper's)
@@ -29,10 +30,7 @@ def check_num_particles(num_particles: Any, scheduler: Any, eta: float, is_weigh
     Raises:
         ValueError: then.
     """
-    if not isinstance(num_particles, int) or isinstance(num_particles, bool) or num_particles < 1:
-        raise ValueError(
-            f"`num_particles` must be an integer of at least 1, got {num_particles!r}; 1 is plain guidance."
-        )
+    check_integer("num_particles", num_particles, remedy="1 is plain guidance")
     if num_particles == 1:
         return
     name, accepted = type(scheduler).__name__, parameters_of(scheduler.step)
@@ -69,8 +67,8 @@ class Particles:
         generator: Any,
         edit: Editing | None = None,
     ) -> None:
-        sampling.repeat(num_particles)
-        self.sampling, self.num_particles, self.num_steps = sampling, num_particles, len(sampling.scales)
+        sampling.conditions = sampling.conditions.repeated(num_particles)
+        self.sampling, self.num_particles, self.num_steps = sampling, num_particles, len(sampling.conditions.scales)
         self.generator = generator
         self.inpainting = None if edit is None or edit.known is None else edit
         self.log_weights = torch.zeros(num_images, num_particles, dtype=torch.float64)
@@ -98,15 +96,8 @@ class Particles:
         elif (size < RESAMPLE_BELOW * self.num_particles).any():
             stay = torch.arange(self.num_particles, device=size.device).expand_as(self.log_weights)
             few = (size < RESAMPLE_BELOW * self.num_particles)[:, None]
-            chosen = torch.where(
-                few,
-                systematic(
-                    self.log_weights.exp(),
-                    uniform_per_image(self.generator, len(size)).to(size.device),
-                    self.num_particles,
-                ),
-                stay,
-            )
+            uniform = uniform_per_image(self.generator, len(size), few.flatten().tolist()).to(size.device)
+            chosen = torch.where(few, systematic(self.log_weights.exp(), uniform, self.num_particles), stay)
             self.log_weights = self.log_weights.masked_fill(few, 0.0)
         else:
             return xt, evaluation

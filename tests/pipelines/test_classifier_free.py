@@ -84,6 +84,22 @@ def test_off_costs_no_call_and_changes_no_bit() -> None:
     assert torch.equal(plain, draw(CONDITIONAL, classifier_free_scale=1.0, autoguidance_scale=1))
 
 
+def test_a_batch_equals_its_images_one_by_one() -> None:
+    weak = ConditionalModel(blind=True).attach(MIXTURE)
+    pipe = make_pipeline(ConditionalModel().attach(MIXTURE), ExactClassifier(id2label=NAMES).attach(MIXTURE))
+
+    def run(labels: list[int], seeds: list[int], scale: Tensor) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = {"classifier_free_scale": 2.5, "weak_unet": weak, "autoguidance_scale": 1.5}
+        options |= {"guidance_interval": (0.2, 0.8), "eta": 1.0, "num_particles": 2}
+        return pipe(labels, scale, 6, generator=generators, output_type="latent", **options).images
+
+    labels, scale = [0, 1, 1], torch.tensor([1.0, 2.0, 0.0])
+    whole = run(labels, [3, 4, 5], scale)
+    for index, label in enumerate(labels):
+        torch.testing.assert_close(run([label], [3 + index], scale[index : index + 1])[0], whole[index])
+
+
 def test_extrapolation_goes_away_from_each_reference() -> None:
     m, first, second = torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([5.0])
     assert extrapolate(m, [(2.0, first), (1.5, second)]).item() == 3 + 2 - 1

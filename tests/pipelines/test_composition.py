@@ -52,7 +52,7 @@ CASES = {  # the label, and its log-probability written out
     "both": (Both("a", "b"), A + B),
     "weighted": (Both("a", 2, weights=[2.0, 0.5]), 2 * A + 0.5 * C),
     "either": (Either("a", "c"), torch.logaddexp(A, C)),
-    "mixed": (Either(0, "b", weights=[3.0, 1.0]), torch.logaddexp(A + math.log(3), B)),
+    "mixed": (Either(0, "b", weights=[3, 1]), torch.logaddexp(A + math.log(3), B)),
     "not": (Not("b"), torch.logaddexp(A, C)),  # 1 - p(b), without its cancellation
     "and not": (Both("a", Not("b")), A + torch.logaddexp(A, C)),
     "not either": (Not("a", "b"), C),
@@ -174,6 +174,12 @@ def test_what_makes_no_density_is_refused_in_a_sentence() -> None:
     for make, words in [
         (lambda: Both("a", "b", weights=[1, -1]), "`weights` of `Both` must be a positive number"),
         (lambda: Either("a", weights=[1, 2]), "`weights` of `Either` must be a positive number for each of its 1"),
+        (
+            lambda: Both("a", weights=2.0),
+            "`weights` of `Both` must be a positive number for each of its 1 labels, got 2",
+        ),
+        (lambda: Both("a", weights=["2"]), "`weights` of `Both` must be a positive number"),
+        (lambda: Both("a", weights=[math.inf]), "`weights` of `Both` must be a positive number"),
         (Both, "`Both` must have at least one label"),
         (lambda: pipe([Not("a", "b", "c")]), "must leave at least one class"),
         (lambda: pipe([Either(Both("a", "b"), "c")]), "no `Both` inside"),

@@ -7,6 +7,7 @@ from gaussian_mixture import ExactClassifier, ExactModel, Mixture
 from tiny_models import SCHEDULE, make_pipeline
 
 from hfdiff import AnnealedLangevinScheduler, ClassifierGuidedPipeline, DDPMScheduler
+from hfdiff.pipelines.conditions import Conditions
 from hfdiff.pipelines.counterfactual import Inversion
 from hfdiff.pipelines.guided_sampling import GuidedSampling
 from hfdiff.pipelines.training_free import GuidanceAtX0, GuidanceMethod
@@ -35,7 +36,7 @@ def pair() -> ClassifierGuidedPipeline:
 
 def unguided(model: ExactModel, scheduler: DDPMScheduler, steps: int) -> GuidedSampling:
     at_x0 = GuidanceAtX0(GuidanceMethod(), scheduler, scheduler.timesteps, None)
-    return GuidedSampling(model, None, scheduler, None, [0.0] * steps, False, {}, at_x0, None, [False] * steps)
+    return GuidedSampling(model, None, scheduler, Conditions(None, [0.0] * steps, guided=[False] * steps), at_x0)
 
 
 def find(pipe, pictures=PICTURES, labels=1, **options):

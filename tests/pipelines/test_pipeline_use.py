@@ -280,6 +280,35 @@ def test_a_callback_ends_the_sampling(pipe, ncsn):
 # --- what is not finite, or does not fit -----------------------------------------------------------------------------
 
 
+def test_a_callback_that_returns_nothing_is_told_its_step(pipe, ncsn):
+    for drawn, labels in ((pipe, {"class_labels": [1]}), (ncsn, {})):
+        for given, words in (
+            (lambda *_: None, r"return a dictionary, got None at step 0 \(timestep"),
+            (lambda *_: {"latents": torch.zeros(1)}, r"return `latents` of shape .* got \(1,\) at step 0"),
+            (3, "be a function of"),
+        ):
+            with pytest.raises(ValueError, match=f"^`callback_on_step_end` must {words}"):
+                drawn(**labels, num_inference_steps=11, callback_on_step_end=given)
+        with pytest.raises(ValueError, match="`callback_on_step_end_tensor_inputs` must be a list of names, got 'lat"):
+            drawn(**labels, callback_on_step_end_tensor_inputs="latents")
+
+
+def test_an_unguided_pipeline_refuses_a_mode_and_a_scheduler_of_no_diffusion(pipe):
+    bare = quiet(ClassifierGuidedPipeline(pipe.unet, None, pipe.scheduler))
+    with pytest.raises(ValueError, match="`guidance_mode` must be one of"):
+        bare(guidance_mode="both")
+    bare.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"`scheduler` must be of diffusion models, .* got FlowMatchEulerDiscrete"):
+        bare()
+
+
+def test_weights_stored_in_fewer_bits_draw_in_what_they_compute_in():
+    pipe = make_pipeline()
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert pipe.dtype == torch.float32
+    assert pipe(1, num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
 def test_samples_that_are_not_finite_are_refused(ncsn):
     guided = make_pipeline()
     for made, options in ((guided, {"class_labels": [1]}), (ncsn, {})):

@@ -7,7 +7,16 @@ import torch
 from gaussian_mixture import ExactClassifier, ExactModel, Mixture
 from torch import Tensor, nn
 
-from hfdiff import Both, ClassifierGuidedPipeline, ClassifierSet, DDIMScheduler, DDPMScheduler, Either, NoisyClassifier
+from hfdiff import (
+    Both,
+    ClassifierGuidedPipeline,
+    ClassifierSet,
+    DDIMScheduler,
+    DDPMScheduler,
+    Either,
+    NoisyClassifier,
+    Not,
+)
 from hfdiff.pipelines.guidance import classifier_gradient
 
 LEVELS = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
@@ -124,6 +133,21 @@ def test_particles_weigh_by_all_classifiers() -> None:
     assert output.effective_sample_size.shape == (5, 3)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_particles": 3}, {"corrector_steps": 2, "corrector_accept": True}])
+def test_a_batch_equals_its_images_one_by_one(options: dict) -> None:
+    labels = {"kind": ["cat", "dog", Not("cat")], "style": [Both("ink", "oil", weights=[2, 0.5]), "chalk", 0]}
+
+    def run(labels: dict, *seeds: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        scale = {"kind": 2.0, "style": 0.5}
+        return PIPE(labels, scale, 6, generator=generators, output_type="latent", **options).images
+
+    whole = run(labels, 3, 4, 5)
+    for index in range(3):
+        own = {name: [given[index]] for name, given in labels.items()}
+        torch.testing.assert_close(run(own, 3 + index)[0], whole[index])
+
+
 def tiny(names: list[str], scale: float) -> NoisyClassifier:
     torch.manual_seed(len(names))
     classifier = NoisyClassifier(
@@ -171,9 +195,13 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path) -> None:
         ({"kind": "cat"}, {"colour": 2.0}, "`guidance_scale` must name classifiers"),
         ({"kind": "cat"}, {"kind": -1.0}, "`guidance_scale` of 'kind' must be a finite number"),
         ({"kind": "cat"}, torch.ones(1), "`guidance_scale` of 'kind' must be"),
+        ({}, None, "`class_labels` must be a dictionary by classifier"),
+        ({"kind": 2}, None, "`class_labels` must be between 0 and 2 - 1"),
     ]:
         with pytest.raises(ValueError, match=words):
             draw(PIPE, labels, scale)
+    with pytest.raises(ValueError, match=r"`class_labels` of 'kind' must be classes .* got probabilities"):
+        PIPE({"kind": torch.tensor([[0.5, 0.5]])})
     with pytest.raises(ValueError, match="as many for each classifier"):
         PIPE({"kind": ["cat"], "style": ["ink", "oil"]})
     with pytest.raises(ValueError, match="`classifier` must name at least one"):

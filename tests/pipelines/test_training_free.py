@@ -297,24 +297,39 @@ def test_recurrence_mends_a_gradient_that_is_too_short() -> None:
     assert share(1) + 0.05 < share(4)
 
 
-def test_a_batch_equals_its_images_one_by_one() -> None:
-    pipe = make_pipeline(MIXTURE)
-    method = GuidanceMethod.tfg(recurrence=2, samples=3, iterations=2)
-
-    def run(seeds: list[int]) -> Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return draw(pipe, guide=measured, batch_size=len(seeds), method=method, generator=generators)
-
-    whole = run([3, 4, 5])
-    for index, seed in enumerate((3, 4, 5)):
-        torch.testing.assert_close(run([seed])[0], whole[index])
-
-
 class Nearest(nn.Module):
     """The mixture's classes of clean images."""
 
     def forward(self, x0: Tensor) -> Tensor:
         return Mixture(torch.ones(1)).class_log_probs(x0, torch.tensor(0))
+
+
+METHODS = {
+    "dps": GuidanceMethod.dps(0.5),
+    "lgd": GuidanceMethod.lgd(2),
+    "freedom": GuidanceMethod.freedom(2),
+    "mpgd": GuidanceMethod.mpgd(projection=torch.tanh),
+    "universal": GuidanceMethod.universal(2, 2),
+    "tfg": GuidanceMethod.tfg(recurrence=2, samples=3, iterations=2),
+    "elucd": GuidanceMethod.elucd(),
+    "ed_dpm": GuidanceMethod.ed_dpm(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_equals_its_images_one_by_one(name: str) -> None:
+    noisy = ExactClassifier().attach(MIXTURE) if name == "ed_dpm" else CleanClassifier(Nearest(), num_classes=2)
+    pipe, guide = make_pipeline(MIXTURE, noisy), None if name == "ed_dpm" else measured
+
+    def run(labels: list[int], seeds: list[int], scales: Tensor) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = {"guide": guide, "method": METHODS[name], "generator": generators, "num_inference_steps": 8}
+        return draw(pipe, *labels, guidance_scale=scales, **options)
+
+    labels, seeds, scales = [0, 1, 1], [3, 4, 5], torch.tensor([1.0, 2.0, 0.0])
+    whole = run(labels, seeds, scales)
+    for index, (label, seed) in enumerate(zip(labels, seeds)):
+        torch.testing.assert_close(run([label], [seed], scales[index : index + 1])[0], whole[index])
 
 
 def test_a_clean_classifier_is_the_guide_of_its_label() -> None:
@@ -357,19 +372,50 @@ def test_a_guide_is_asked_inside_the_interval_alone() -> None:
         (lambda xt, t, x0: 1.0, "got a float at step 0"),
         (lambda xt, t, x0: x0.flatten(1).sum(1) * torch.nan, r"finite log-probabilities, got \[nan, nan\] at step 0"),
         (lambda xt, t, x0: x0.detach().flatten(1).sum(1), "without a graph at step 0"),
+        (lambda xt, t, x0: torch.ones(2, requires_grad=True), "depends on x_t, or x_0, got one that does not at step"),
+        (lambda xt, t, x0: (0 * x0.flatten(1).sum(1)).sqrt(), "a finite gradient by x_t, or x_0, got NaN .* at step 0"),
     ],
 )
 def test_a_guide_that_gives_no_gradient_is_told_at_its_step(guide, words: str) -> None:
-    with pytest.raises(ValueError, match=f"^`guide` must give .*{words}"):
+    with pytest.raises(ValueError, match=f"^`guide` must (give|have) .*{words}"):
         draw(make_pipeline(GAUSSIAN), guide=guide, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("projection", "words"),
+    [
+        (lambda x0: x0[..., :1], r"of shape \(1, 1, 1, 2\), got shape \(1, 1, 1, 1\) at step 0 \(timestep 950\)"),
+        (lambda x0: x0 * torch.nan, "got NaN or infinity at step 0"),
+        (lambda x0: None, "got a NoneType at step 0"),
+    ],
+)
+def test_a_projection_to_no_images_is_told_at_its_step(projection, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^`projection` must give finite images .*{words}"):
+        draw(make_pipeline(GAUSSIAN), guide=measured, method=GuidanceMethod.mpgd(projection=projection))
+
+
+def test_the_gradient_at_x0_alone_is_of_x0() -> None:
+    """A guide of other things has none."""
+
+    def constant(xt: Tensor, timestep: Tensor, x0: Tensor) -> Tensor:
+        return torch.ones(1, requires_grad=True)
+
+    with pytest.raises(ValueError, match="`guide` must give a value that depends on x_0, got one that does not at st"):
+        draw(make_pipeline(GAUSSIAN), guide=constant, method=GuidanceMethod.mpgd())
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"guide": 3}, "`guide` must be a function of"),
+        ({"guide": lambda xt, timestep: xt}, r"`guide` must take \(x_t, t, x_0\), got a function of \(xt, timestep\)"),
+        ({"method": GuidanceMethod.freedom()}, "`method` needs a classifier or a `guide`"),
+        (
+            {"guide": measured, "method": GuidanceMethod(joint_temperature=2.0)},
+            "`method` changes a classifier's logits",
+        ),
         ({"guide": measured, "method": "freedom"}, "`method` must be a GuidanceMethod"),
-        ({"method": GuidanceMethod.mpgd()}, r"`method` has options at the predicted x_0, \['rho', 'mu'\]"),
+        ({"method": GuidanceMethod.mpgd()}, "`method` needs a classifier or a `guide`"),
         ({"guide": measured, "method": GuidanceMethod.ed_dpm()}, "`method` scales by the entropy of a classifier"),
         (
             {"guide": measured, "method": GuidanceMethod.freedom(2), "num_particles": 2},
@@ -382,6 +428,12 @@ def test_what_does_not_go_together_is_refused_before_the_models_run(options: dic
     with pytest.raises(ValueError, match=words):
         draw(pipe, **options)
     assert pipe.unet.calls == 0
+
+
+def test_options_at_x0_are_not_for_a_classifier_of_noisy_images() -> None:
+    pipe = make_pipeline(MIXTURE, ExactClassifier().attach(MIXTURE))
+    with pytest.raises(ValueError, match=r"`method` has options at the predicted x_0, \['rho', 'mu'\], which nothing"):
+        draw(pipe, 0, method=GuidanceMethod.mpgd())
 
 
 def test_steps_of_several_calls_are_not_taken_again() -> None:
@@ -399,6 +451,9 @@ def test_steps_of_several_calls_are_not_taken_again() -> None:
         ({"samples": 1.5}, "samples"),
         ({"rho_schedule": "up"}, "rho_schedule"),
         ({"rho": 0.0}, "rho"),
+        ({"rho": "1"}, "rho"),
+        ({"mu": None}, "mu"),
+        ({"projection": 3}, "projection"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict, name: str) -> None:

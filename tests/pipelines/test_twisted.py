@@ -123,6 +123,25 @@ def test_a_batch_equals_its_images_one_by_one() -> None:
         torch.testing.assert_close(one.effective_sample_size[:, 0], whole.effective_sample_size[:, index])
 
 
+def test_an_image_resamples_without_a_trace_in_its_batch() -> None:
+    """Wildly different weights: some images resample at steps at which others do not."""
+    pipe = make_pipeline(NONE)
+
+    def run(seeds: list[int], scale: Tensor):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = {"num_particles": 4, "num_inference_steps": 12, "output_type": "latent"}
+        return pipe([0] * len(seeds), scale, generator=generators, **options)
+
+    scale = torch.tensor([0.02, 4.0, 1.0])
+    whole = run([4, 5, 6], scale)
+    few = whole.effective_sample_size < 2
+    assert (few.any(dim=1) & ~few.all(dim=1)).any()
+    for index, seed in enumerate([4, 5, 6]):
+        one = run([seed], scale[index : index + 1])
+        torch.testing.assert_close(one.images[0], whole.images[index])
+        torch.testing.assert_close(one.effective_sample_size[:, 0], whole.effective_sample_size[:, index])
+
+
 def test_unguided_steps_leave_the_weights_alone() -> None:
     pipe = make_pipeline(HALF)
     output = draw(pipe, 300, 32, guidance_interval=(0.0, 0.7), num_inference_steps=40)
