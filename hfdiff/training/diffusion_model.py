@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 from diffusers import ModelMixin, UNet2DModel
 
 from ..data.sources import reading_model
+from ..models.adm_unet import ADMUNet
 from ..models.ncsn import NCSNModel
 from ..models.ncsnv2 import NCSNv2Model
 from ..pipelines.hub_download import fetch
@@ -18,7 +19,7 @@ from .config import TrainingSettings
 
 BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
 SIGMAS = ("num_train_timesteps", "sigma_schedule", "sigma_min", "sigma_max", "scale_input")
-NETWORKS = {kind.__name__: kind for kind in (UNet2DModel, NCSNModel, NCSNv2Model)}
+NETWORKS = {kind.__name__: kind for kind in (UNet2DModel, ADMUNet, NCSNModel, NCSNv2Model)}
 INDEX, CONFIG = "model_index.json", "config.json"
 
 Levels = DDPMScheduler | AnnealedLangevinScheduler
@@ -54,7 +55,7 @@ def open_diffusion_model(source: str, argument: str = "diffusion_model") -> Diff
     """The network, and where it has them the noise levels, of a folder or Hub id, of the DDPM or the NCSN family.
 
     Args:
-        source: a pipeline, or a UNet2DModel alone.
+        source: a pipeline, or a network alone.
         argument: the setting that names it.
 
     Raises:
@@ -63,10 +64,11 @@ def open_diffusion_model(source: str, argument: str = "diffusion_model") -> Diff
     with reading_model(argument, source):
         folder = model_folder(source)
         if not (folder / INDEX).is_file() and (folder / CONFIG).is_file():
-            return DiffusionModel(UNet2DModel.from_pretrained(folder), None, {})
-        kind = NETWORKS.get(_class_name(folder, "unet"), UNet2DModel)
+            return DiffusionModel(_kind(UNet2DModel.load_config(folder)).from_pretrained(folder), None, {})
+        kind = _kind(UNet2DModel.load_config(folder, subfolder="unet"))
         network = kind.from_pretrained(folder, subfolder="unet")
-        langevin = _class_name(folder, "scheduler") == AnnealedLangevinScheduler.__name__
+        levels = DDPMScheduler.load_config(folder, subfolder="scheduler")  # of any scheduler
+        langevin = levels["_class_name"] == AnnealedLangevinScheduler.__name__
         scheduler = (AnnealedLangevinScheduler if langevin else DDPMScheduler).from_pretrained(
             folder, subfolder="scheduler"
         )
@@ -90,9 +92,9 @@ def model_folder(source: str) -> Path:
         return Path(fetch(source, index=CONFIG))
 
 
-def _class_name(folder: Path, component: str) -> str:
-    reader = {"unet": UNet2DModel, "scheduler": DDPMScheduler}[component]  # configs of any class of their kind
-    return str(reader.load_config(folder, subfolder=component)["_class_name"])
+def _kind(config: dict[str, Any]) -> type[ModelMixin]:
+    """The class of a network, of its config."""
+    return NETWORKS.get(config["_class_name"], UNet2DModel)
 
 
 def noise_schedule(scheduler: Levels) -> dict[str, Any]:

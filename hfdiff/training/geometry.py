@@ -17,9 +17,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
+
+from .unet import UNet, time_projection
 
 NUM_LABELS = 9
 SCALE = 0.2 * math.log(2)  # of a label of 1, as a natural logarithm
@@ -111,10 +112,12 @@ class ToldUNet(nn.Module):
 
     _supports_gradient_checkpointing = True
 
-    def __init__(self, unet: UNet2DModel) -> None:
+    def __init__(self, unet: UNet) -> None:
         super().__init__()
         self.unet = unet
-        self.label_embedding = nn.Linear(NUM_LABELS, unet.time_embedding.linear_2.out_features, bias=False)
+        self.embedding = time_projection(unet)
+        width = unet.get_submodule(self.embedding).out_features
+        self.label_embedding = nn.Linear(NUM_LABELS, width, bias=False)
         nn.init.zeros_(self.label_embedding.weight)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -132,7 +135,9 @@ class ToldUNet(nn.Module):
         if augment_labels is None:
             return self.unet(sample, timestep, class_labels)
         told = self.label_embedding(augment_labels)
-        hook = self.unet.time_embedding.register_forward_hook(lambda module, inputs, output: output + told)
+        hook = self.unet.get_submodule(self.embedding).register_forward_hook(
+            lambda module, inputs, output: output + told
+        )
         try:
             return self.unet(sample, timestep, class_labels)
         finally:

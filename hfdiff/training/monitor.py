@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import ModelMixin
 from torch import Tensor
 
 from ..data.files import PARTIAL, replace
@@ -22,6 +22,7 @@ from .copying import watch_copies
 from .loop import Monitor
 from .samples import save_grid
 from .settings import MonitorSettings
+from .unet import UNet
 
 BATCH_SIZE = 256
 BOUND_TERMS = 40  # of the chain's, for speed; the others are interpolated
@@ -128,7 +129,7 @@ def validation_loss(
     return total / count
 
 
-def held_out_bound(unet: UNet2DModel, scheduler: DDPMScheduler, data: LabelledImages, seed: int) -> float:
+def held_out_bound(unet: UNet, scheduler: DDPMScheduler, data: LabelledImages, seed: int) -> float:
     """Bits per dimension of images, from a part of the bound's terms."""
     return bits_per_dim(
         unet,

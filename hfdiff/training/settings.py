@@ -84,10 +84,14 @@ class UNetSettings(TrainingSettings):
                     f"`norm_num_groups` must divide every width with at least 2 channels per group, since one alone "
                     f"normalises the time embedding away, got {self.norm_num_groups} for {width} channels; lower it."
                 )
+        self._check_heads("attention_head_dim")
+
+    def _check_heads(self, name: str) -> None:
+        divisor = getattr(self, name)
         for level in {*self.attention, -1}:  # the middle block attends, too
-            if self.block_out_channels[level] % self.attention_head_dim:
+            if self.block_out_channels[level] % divisor:
                 raise ValueError(
-                    f"`attention_head_dim` must divide the widths with attention, got {self.attention_head_dim} for "
+                    f"`{name}` must divide the widths with attention, got {divisor} for "
                     f"{self.block_out_channels[level]} channels; lower it."
                 )
 
@@ -169,6 +173,9 @@ class DDPMSettings(UNetSettings, MonitorSettings, LabelSettings):
         beta_start: their first β, where the schedule has one.
         beta_end: their last β, where the schedule has one.
         prediction_type: what the UNet predicts: the noise, x_0 or v.
+        architecture: "unet" (diffusers' UNet2DModel), or "adm", the UNet of Dhariwal & Nichol (2021): adaptive group
+            norm, residual blocks that resize; its widths are multiples of the first.
+        num_heads: attention heads of an "adm", instead of attention_head_dim.
         variance_type: the variance of a reverse step; "learned_range" and "learned" are the UNet's to predict.
         loss_type: "simple", "vlb", the variational bound, or "hybrid", both, the bound for a learned variance alone.
         vlb_weight: of the bound in the hybrid loss.
@@ -191,6 +198,8 @@ class DDPMSettings(UNetSettings, MonitorSettings, LabelSettings):
     beta_start: PositiveFloat = 1e-4
     beta_end: PositiveFloat = 0.02
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    architecture: Literal["unet", "adm"] = "unet"
+    num_heads: PositiveInt | None = None
     variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = "fixed_small"
     loss_type: LossType = "simple"
     vlb_weight: NonNegativeFloat = VLB_WEIGHT
@@ -198,9 +207,23 @@ class DDPMSettings(UNetSettings, MonitorSettings, LabelSettings):
     time_sampling: Literal["uniform", "loss-second-moment"] = "uniform"
     augment_probability: ClosedUnitInterval = 0.0
 
+    def _check_heads(self, name: str) -> None:
+        super()._check_heads(name if self.num_heads is None else "num_heads")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_objective(self.loss_type, self.variance_type, self.prediction_type, self.snr_gamma)
+        first, *others = self.block_out_channels
+        if self.architecture == "adm" and not self.init_from and any(width % first for width in others):
+            raise ValueError(
+                f'`block_out_channels` must be multiples of the first for `architecture` "adm", got '
+                f"{self.block_out_channels}; round them."
+            )
+        if self.num_heads is not None and self.architecture != "adm":
+            raise ValueError(
+                f'`num_heads` needs the `architecture` "adm", got {self.num_heads} with {self.architecture!r}; give '
+                "`attention_head_dim` instead."
+            )
         if self.class_dropout and not self.class_conditional:
             raise ValueError(
                 f"`class_dropout` needs `class_conditional`, got {self.class_dropout} without; switch that on or leave "

@@ -7,11 +7,12 @@ with `hfdiff.ClassifierGuidedPipeline.from_pretrained`, which draws it by class.
 import copy
 from functools import partial
 
-from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
 from ..data.labelled import LabelledImages
 from ..data.process import on_main
+from ..models.adm_unet import ADMUNet
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..schedulers.checks import LEARNED_VARIANCES
 from ..schedulers.scheduling_ddpm import DDPMScheduler
@@ -27,7 +28,7 @@ from .monitor import BOUND_TERMS, held_out_bound, make_monitor
 from .samples import draw_images
 from .settings import DDPMSettings
 from .timesteps import LossSecondMomentSampler
-from .unet import build_unet, with_classes
+from .unet import UNet, build_adm_unet, build_unet, with_classes
 
 USAGE = """import hfdiff
 from diffusers import DDPMPipeline
@@ -121,16 +122,31 @@ def tell(start: DiffusionModel, settings: DDPMSettings) -> dict[str, object]:
         ValueError: for a model of another family.
     """
     config = start.unet.config
-    if not isinstance(start.unet, UNet2DModel) or not isinstance(start.scheduler, DDPMScheduler | None):
+    if not isinstance(start.unet, UNet) or not isinstance(start.scheduler, DDPMScheduler | None):
         raise ValueError(
             f"`init_from` must be a diffusion model, got {type(start.unet).__name__} in {settings.init_from!r}; a "
             "score network starts `hfdiff train ncsn`."
         )
-    told: dict[str, object] = {name: config[name] for name in SIZES if config.get(name) is not None}
-    told["block_out_channels"] = tuple(config["block_out_channels"])
+    told = tell_sizes(start.unet)
     told["class_conditional"] = settings.class_conditional or config.get("num_class_embeds") is not None
     told["resolution"] = settings.resolution or start.size
     return told | ({} if start.scheduler is None else {name: start.scheduler.config[name] for name in LEVELS})
+
+
+def tell_sizes(unet: UNet) -> dict[str, object]:
+    """The settings of a UNet's sizes."""
+    config = unet.config
+    if not isinstance(unet, ADMUNet):
+        told: dict[str, object] = {name: config[name] for name in SIZES if config.get(name) is not None}
+        return told | {"architecture": "unet", "block_out_channels": tuple(config["block_out_channels"])}
+    width = config["num_head_channels"]
+    return {
+        "architecture": "adm",
+        "block_out_channels": tuple(int(mult * config["model_channels"]) for mult in config["channel_mult"]),
+        "layers_per_block": config["num_res_blocks"],
+        "norm_num_groups": config["norm_num_groups"],
+        **({"num_heads": config["num_heads"]} if width is None else {"attention_head_dim": width}),
+    }
 
 
 def make_scheduler(settings: DDPMSettings, start: DiffusionModel | None = None) -> DDPMScheduler:
@@ -150,7 +166,7 @@ def make_scheduler(settings: DDPMSettings, start: DiffusionModel | None = None) 
     return scheduler
 
 
-def make_unet(settings: DDPMSettings, data: LabelledImages, start: DiffusionModel | None = None) -> UNet2DModel:
+def make_unet(settings: DDPMSettings, data: LabelledImages, start: DiffusionModel | None = None) -> UNet:
     """The UNet for a dataset's images (N, C, H, W), and its classes, where it is told them, or the one to start from.
 
     Raises:
@@ -159,7 +175,8 @@ def make_unet(settings: DDPMSettings, data: LabelledImages, start: DiffusionMode
     outputs = 2 if settings.variance_type in LEARNED_VARIANCES else 1
     classes = len(data.label_names) + bool(settings.class_dropout) if settings.class_conditional else None
     if start is None:
-        return build_unet(settings, data, outputs, classes)
+        build = build_adm_unet if settings.architecture == "adm" else build_unet
+        return build(settings, data, outputs, classes)
     if classes and start.unet.config.get("num_class_embeds") is None:
         start = start._replace(unet=with_classes(start.unet, classes))
     expected = {
@@ -177,7 +194,7 @@ def make_unet(settings: DDPMSettings, data: LabelledImages, start: DiffusionMode
     return start.unet
 
 
-def make_pipeline(unet: UNet2DModel, scheduler: DDPMScheduler, data: LabelledImages) -> DiffusionPipeline:
+def make_pipeline(unet: UNet, scheduler: DDPMScheduler, data: LabelledImages) -> DiffusionPipeline:
     """The pipeline that draws from a UNet, by class where it is told the classes, with a scheduler of its own."""
     scheduler = copy.copy(scheduler)
     if unet.config.num_class_embeds is None:
