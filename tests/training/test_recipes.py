@@ -26,7 +26,7 @@ ADM = ["--architecture", "adm", "--block_out_channels", "[8,16]", "--norm_num_gr
 @pytest.mark.parametrize(
     ("kind", "recipe", "size", "parameters"),
     [
-        # counted in the originals' code, but for cifar10-ncsnpp: that has 62,693,251, and here it is diffusers' UNet
+        # ADM's counted in the original code, DDPM's the paper's 35.7M; NCSN++ has 62,693,251 there, another UNet
         ("ddpm", "cifar10-ddpm", 32, 35_746_307),
         ("ncsn", "cifar10-ncsnpp", 32, 58_687_747),
         ("ddpm", "imagenet64-adm", 64, 295_904_454),
