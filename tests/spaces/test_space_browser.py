@@ -47,7 +47,9 @@ def chromium(tmp_path_factory, saved):
     for option in (*OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}", "--window-size=1280,1500"):
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    home = str(tmp_path_factory.mktemp("home"))  # where crash reports would go, whatever the profile
+    service = webdriver.ChromeService(DRIVER, env={**os.environ, "HOME": home, "XDG_CONFIG_HOME": f"{home}/.config"})
+    driver = webdriver.Chrome(options=options, service=service)
     yield driver
     driver.quit()
 
