@@ -29,7 +29,7 @@ from ..models.noisy_classifier import NoisyClassifier
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from .batches import derive_seed, make_generator
 from .card import Measurement
-from .copying import COPIED, COPIES, HELD_OUT_SHARE, SHARE, find_copies
+from .copying import COPIED, COPIES, HELD_OUT_SHARE, SHARE, CopyWatch
 from .diffusion_model import Levels
 from .samples import draw_images, save_grid
 
@@ -168,13 +168,11 @@ def report_copies(images: Tensor, data: LabelledImages, held_out: LabelledImages
         data: the images that were trained on.
         held_out: images that were not.
     """
-    found = find_copies(images, data, held_out)
-    if found is None:
-        return []
-    counts = {COPIES[SHARE]: (found.share, f"{len(images)} guided images")}
-    if held_out is not None and found.held_out_share is not None:
-        counts[COPIES[HELD_OUT_SHARE]] = found.held_out_share, f"{len(held_out.images)} test images"
-    return [Measurement(name, share, f"{of}; {COPIED}") for name, (share, of) in counts.items()]
+    of = {SHARE: f"{len(images)} guided images"}
+    if held_out is not None:
+        of[HELD_OUT_SHARE] = f"{len(held_out.images)} test images"
+    shares = CopyWatch(data, held_out).measure(images)
+    return [Measurement(COPIES[name], share, f"{of[name]}; {COPIED}") for name, share in shares.items()]
 
 
 def load_judge(folder: str, classifier: NoisyClassifier) -> NoisyClassifier:

@@ -7,6 +7,7 @@ small set, weights on the way are better than the last ones.
 
 import json
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data.files import PARTIAL, replace, write_synced
+from ..data.files import place_file
 from ..data.labelled import LabelledImages
-from ..evaluation.copies import Copies, measure_copies
+from ..evaluation.copies import measure_copies
 from ..evaluation.settings import COPY_NEIGHBOURS
 from .log import VALIDATION
 
@@ -30,56 +31,64 @@ COPIES = {
     HELD_OUT_SHARE: "share of unseen images that pass for copies",
 }
 COPIED = (
-    f"the nearest training picture, or its mirror image, is half as far in pixels as the next {COPY_NEIGHBOURS} or less"
+    f"copies are at most half as far in pixels from the nearest training picture, or its mirror image, as from the "
+    f"{COPY_NEIGHBOURS} nearest on average"
 )
 WEIGHTS = "before-copies.safetensors"
 
 
-def find_copies(images: Tensor, data: LabelledImages, held_out: LabelledImages | None) -> Copies | None:
-    """Copies of a dataset's images, or of their mirror images; None where it has too few to tell.
+class CopyWatch:
+    """How many samples are copies of a dataset's images, or of their mirror images, beside how many unseen images are.
+
+    Both at the same threshold, 1/2: a share above that of unseen images is what training has learnt by heart.
 
     Args:
-        images: bytes, (N, C, H, W).
-        data: the dataset.
-        held_out: images that nothing was trained on, if any.
+        data: what a model is trained on.
+        held_out: what it is not, if any.
     """
-    if len(data.images) < COPY_NEIGHBOURS:
-        return None
-    known = to_bytes(data.spread(TRAINING_IMAGES).images[:])
-    unseen = None if held_out is None else to_bytes(held_out.images[:])
-    return measure_copies(images, torch.cat([known, known.flip(-1)]), unseen)
+
+    def __init__(self, data: LabelledImages, held_out: LabelledImages | None) -> None:
+        self.data, self.held_out = data, held_out
+
+    def measure(self, images: Tensor) -> dict[str, float]:
+        """The shares; empty where the dataset has too few images to tell.
+
+        Args:
+            images: the samples, bytes (N, C, H, W).
+        """
+        if len(self.data.images) < COPY_NEIGHBOURS:
+            return {}
+        numbers = {SHARE: measure_copies(images, self._known).share}
+        return numbers if self.held_out is None else numbers | {HELD_OUT_SHARE: self._held_out_share}
+
+    @cached_property
+    def _known(self) -> Tensor:
+        known = as_bytes(self.data.spread(TRAINING_IMAGES).images[:])
+        return torch.cat([known, known.flip(-1)])
+
+    @cached_property
+    def _held_out_share(self) -> float:
+        assert self.held_out is not None
+        return measure_copies(as_bytes(self.held_out.images[:]), self._known).share
 
 
-def to_bytes(images: Tensor) -> Tensor:
+def as_bytes(images: Tensor) -> Tensor:
     """[-1, 1] to uint8."""
     return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
-def watch_copies(
-    model: nn.Module, images: Tensor, data: LabelledImages, held_out: LabelledImages | None, folder: Path, step: int
-) -> dict[str, float]:
-    """The share of copies among samples, and among held-out images; with these, keeps the weights while it is small.
+def keep_weights(model: nn.Module, folder: Path, step: int, numbers: dict[str, float]) -> None:
+    """Keeps the weights after a step while copies have not set in, where that is known.
 
     Args:
-        model: with the weights that would be published after this step.
-        images: its samples.
-        data: what it is trained on.
-        held_out: what it is not.
+        model: with the weights that would be published.
         folder: of the run.
         step: training steps done.
+        numbers: from [`CopyWatch.measure`].
     """
-    found = find_copies(images, data, held_out)
-    if found is None:
-        return {}
-    if found.held_out_share is None:
-        return {SHARE: found.share}
-    numbers = {SHARE: found.share, HELD_OUT_SHARE: found.held_out_share}
-    if not are_many(numbers):
+    if HELD_OUT_SHARE in numbers and not are_many(numbers):
         state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        partial = folder / f"{WEIGHTS}{PARTIAL}"
-        write_synced(partial, safetensors.torch.save(state, {"step": str(step)}))
-        replace(partial, folder / WEIGHTS)
-    return numbers
+        place_file(folder / WEIGHTS, safetensors.torch.save(state, {"step": str(step)}))
 
 
 def are_many(numbers: dict[str, float]) -> bool:

@@ -18,7 +18,7 @@ from ..models.noisy_classifier import NoisyClassifier
 from ..schedulers.scheduling_ddpm import DDPMScheduler
 from .batches import make_generator
 from .colour import ColourDrift
-from .copying import watch_copies
+from .copying import CopyWatch, keep_weights
 from .loop import Monitor
 from .samples import save_grid
 from .settings import MonitorSettings
@@ -64,6 +64,7 @@ def make_monitor(
     held_out = validation.spread(settings.validation_images) if validation else None
     classifier = load_features(settings.fid_features, data).to(accelerator.device) if settings.fid_features else None
     folder = Path(settings.output_dir)
+    copies = CopyWatch(data, held_out)
     drift = ColourDrift(data, drawn_classes(settings, data), settings.prediction_type)
 
     @cache
@@ -87,7 +88,8 @@ def make_monitor(
             save_grid(images, grid_path(folder, step))
             numbers |= (away := drift.measure(images))
             drift.warn(away, len(images), again=step == settings.max_train_steps)
-            numbers |= watch_copies(model, images, data, held_out, folder, step)
+            numbers |= (copied := copies.measure(images))
+            keep_weights(model, folder, step, copied)
         return numbers
 
     return monitor

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hfdiff.data.labelled import LabelledImages
-from hfdiff.training.copying import find_copies, take_weights_before_copies, watch_copies
+from hfdiff.training.copying import CopyWatch, keep_weights, take_weights_before_copies
 
 
 def noise(count: int, seed: int) -> Tensor:
@@ -25,13 +25,19 @@ COPIED = torch.cat([KNOWN[:3].flip(-1), DRAWN[3:]])  # mirrored copies, too
 
 
 def test_planted_copies_are_found_mirrored_or_not() -> None:
+    watch = CopyWatch(DATA, HELD_OUT)
     for drawn, share in ((DRAWN, 0.0), (COPIED, 0.15), (KNOWN[:20], 1.0)):
-        found = find_copies(drawn, DATA, HELD_OUT)
-        assert found is not None
-        assert found.share == pytest.approx(share)
-        assert found.held_out_share is not None
-        assert found.held_out_share <= 0.025  # the quantile's own image
-    assert find_copies(DRAWN, dataset(KNOWN[:49]), None) is None  # too few to tell
+        found = watch.measure(drawn)
+        assert found["copies"] == pytest.approx(share)
+        assert found["copies_held_out"] <= 0.025
+    assert CopyWatch(DATA, None).measure(COPIED) == {"copies": pytest.approx(0.15)}
+    assert CopyWatch(dataset(KNOWN[:49]), None).measure(DRAWN) == {}  # too few to tell
+
+
+def test_unseen_twins_of_training_images_do_not_hide_copies() -> None:
+    """A tenth of the unseen images are twins; samples that are copies stay copies at the same threshold."""
+    twins = dataset(torch.cat([KNOWN[:4], UNSEEN[4:]]))
+    assert CopyWatch(DATA, twins).measure(COPIED) == {"copies": pytest.approx(0.15), "copies_held_out": 0.1}
 
 
 def run_of(folder: Path, model: nn.Linear, *draws: Tensor, held_out: LabelledImages | None = HELD_OUT) -> None:
@@ -39,7 +45,8 @@ def run_of(folder: Path, model: nn.Linear, *draws: Tensor, held_out: LabelledIma
     with (folder / "validation.jsonl").open("w") as file:
         for step, images in enumerate(draws, start=1):
             nn.init.constant_(model.weight, step)
-            numbers = watch_copies(model, images, DATA, held_out, folder, step)
+            numbers = CopyWatch(DATA, held_out).measure(images)
+            keep_weights(model, folder, step, numbers)
             file.write(json.dumps({"step": step, **numbers}) + "\n")
 
 
