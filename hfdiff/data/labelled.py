@@ -11,6 +11,11 @@ from .sources import DIGITS, check_column, load_digits, open_dataset, read_file_
 SIDES_READ = 500  # pictures, at most, that tell the size of a dataset's
 
 
+def spread_rows(total: int, count: int) -> Tensor:
+    """At most so many of the numbers below `total`, spread evenly, int64."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long()
+
+
 class LabelledImages(NamedTuple):
     """A dataset.
 
@@ -32,8 +37,7 @@ class LabelledImages(NamedTuple):
 
     def spread(self, count: int) -> "LabelledImages":
         """At most so many of the images, in memory, spread evenly: a set sorted by class keeps all its classes."""
-        total = len(self.images)
-        rows = torch.linspace(0, total - 1, min(count, total)).round().long()
+        rows = spread_rows(len(self.images), count)
         return LabelledImages(self.images[rows], None if self.labels is None else self.labels[rows], self.label_names)
 
 
@@ -103,6 +107,5 @@ def median_side(
         return min(load_digits(split)[0][0].size)
     dataset = open_dataset(source, split, config_name)
     check_column(dataset, "image_column", image_column, source)
-    rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), SIDES_READ)).round().int().tolist()
-    arrays = StoredPictures(dataset, image_column, source, None)(rows)
+    arrays = StoredPictures(dataset, image_column, source, None)(spread_rows(len(dataset), SIDES_READ).tolist())
     return int(torch.tensor([min(array.shape[:2]) for array in arrays]).median())

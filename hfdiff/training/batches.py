@@ -14,13 +14,13 @@ from ..data.labelled import LabelledImages, load_images
 from ..data.sources import DIGITS
 from . import geometry
 from .augmentation import Augmentation
-from .config import TrainingSettings
+from .config import RunSettings
 from .settings import LabelSettings
 from .timesteps import LogSNRSampler, LossSecondMomentSampler
 
 
 def load_training_data(
-    settings: TrainingSettings, label_column: str | None = None, channels: int | None = None
+    settings: RunSettings, label_column: str | None = None, channels: int | None = None
 ) -> tuple[LabelledImages, LabelledImages | None]:
     """The images to train on, and those to measure with, if any: the digits' own test part, or `validation_data`'s.
 

@@ -3,10 +3,8 @@
 A card says what was trained on what and how, what was measured and on how much, how to load it, and what it cannot do.
 """
 
-import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..data.labelled import LabelledImages
 from ..data.sources import DIGITS
 from ..hub.repository import open_repository, push
-from .config import RunSettings
+from .config import RunSettings, as_json
 
 PACKAGES = ("hfdiff", "torch", "diffusers", "accelerate", "datasets")
 NAMES_SHOWN = 20  # classes that a card lists by name
@@ -110,8 +108,7 @@ def write_card(
 
 def to_recipe(settings: RunSettings) -> str:
     """All settings of a run as a YAML recipe."""
-    plain = json.loads(json.dumps(asdict(settings)))  # YAML knows no tuples and no subclasses of int
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(as_json(settings), sort_keys=False, allow_unicode=True)  # which knows no subclasses of int
 
 
 def _is_hub_id(dataset: str) -> bool:

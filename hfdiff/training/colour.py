@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.labelled import LabelledImages
+from ..data.labelled import LabelledImages, spread_rows
 
 CHANNELS = {1: ("grey",), 3: ("red", "green", "blue")}
 MOST_IMAGES, BATCH_SIZE = 5000, 256  # of the data, spread over it
@@ -41,8 +41,7 @@ class ColourDrift:
     @cached_property
     def expected(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the data's mean colours, each (C,)."""
-        total = len(self.data.images)
-        rows = torch.linspace(0, total - 1, min(MOST_IMAGES, total)).round().long()
+        rows = spread_rows(len(self.data.images), MOST_IMAGES)
         colours = torch.cat([mean_colours(self.data.images[part]) for part in rows.split(BATCH_SIZE)])
         weight = torch.full((len(rows), 1), 1 / len(rows), dtype=torch.float64)
         if self.classes is not None and self.data.labels is not None:

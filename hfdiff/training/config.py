@@ -6,8 +6,9 @@ field is a flag and a key of the recipe, under diffusers' name where its example
 """
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 from docstring_parser import parse as parse_docstring
@@ -30,10 +31,13 @@ class RunSettings:
         train_data_dir: a local folder of parquet files, or of images in one folder per class; instead of dataset_name.
         validation_data: a dataset, as dataset_name, whose split "test", or the whole file, is measured on; default: the
             digits' own for the digits, otherwise none.
+        hold_out: share of the training images to keep for measuring, where there is no validation_data; one of each so
+            many in a row, so that a set sorted by class keeps some of each. Default: none, or what `guided` chooses.
         image_column: the dataset's column of images.
         resolution: resize the images' shorter side to this, then crop a square; default: the images' own size.
         labels_from_names: the classes are what the files of a folder of images are called before the first "_", as in
             guided-diffusion's class_name.png.
+        random_flip: mirror images left and right, every second time.
         streaming: decode images for each batch instead of once into memory; default: where they take over 2 GiB.
         output_dir: where checkpoints, `log.jsonl` and the trained model go.
         seed: seed of the weights and of every batch.
@@ -49,9 +53,11 @@ class RunSettings:
     dataset_config_name: str | None = None
     train_data_dir: str | None = None
     validation_data: str | None = None
+    hold_out: ClosedUnitInterval | None = None
     image_column: str = "image"
     resolution: PositiveInt | None = None
     labels_from_names: bool = False
+    random_flip: bool = False
     streaming: bool | None = None
     output_dir: str = "output"
     seed: NonNegativeInt = 0
@@ -65,6 +71,11 @@ class RunSettings:
                 f"Expected one of `dataset_name` and `train_data_dir`, got {self.dataset_name!r} and "
                 f"{self.train_data_dir!r}; leave one out."
             )
+        if self.hold_out and self.validation_data:
+            raise ValueError(
+                f"`hold_out` must be 0 with `validation_data`, got {self.hold_out} and {self.validation_data!r}; "
+                "leave one out."
+            )
 
     @property
     def dataset(self) -> str:
@@ -77,10 +88,7 @@ class TrainingSettings(RunSettings):
     """What the training of one network is told besides.
 
     Args:
-        hold_out: share of the training images to keep for measuring, where there is no validation_data; one of each so
-            many in a row, so that a set sorted by class keeps some of each.
         center_crop: crop that square from the image's centre; without it, from another place in each batch.
-        random_flip: mirror images left and right, every second time.
         train_batch_size: images per process and backward pass.
         gradient_accumulation_steps: backward passes per training step.
         max_train_steps: training steps, that is, updates of the weights.
@@ -125,9 +133,7 @@ class TrainingSettings(RunSettings):
         }
     )
 
-    hold_out: ClosedUnitInterval = 0.0
     center_crop: bool = True
-    random_flip: bool = False
     train_batch_size: PositiveInt = 64
     gradient_accumulation_steps: PositiveInt = 1
     max_train_steps: PositiveInt = 2000
@@ -153,14 +159,14 @@ class TrainingSettings(RunSettings):
         super().__post_init__()
         if not self.center_crop and self.resolution is None:
             raise ValueError("`center_crop` can be off only with a `resolution` to crop to, got none; give one.")
-        if self.hold_out and self.validation_data:
-            raise ValueError(
-                f"`hold_out` must be 0 with `validation_data`, got {self.hold_out} and {self.validation_data!r}; "
-                "leave one out."
-            )
 
 
 Settings = TypeVar("Settings", bound=RunSettings)
+
+
+def as_json(settings: RunSettings) -> dict[str, Any]:
+    """Settings as JSON has them, which knows no tuples."""
+    return json.loads(json.dumps(asdict(settings)))
 
 
 def parse_settings(

@@ -5,10 +5,9 @@ dropout uses, is seeded for each, so a run resumed from a checkpoint ends with t
 batch belongs to all processes, each of which takes its rows of it, so their number does not change what is learned.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from ..data.process import StopRequest, keep_freed_memory, on_main
 from ..pipelines.optimization import fastest_dtype
 from .batches import Batch, derive_seed
 from .checkpoints import check_same_run, checkpoint_step, choose_checkpoint, read_checkpoint, write_checkpoint
-from .config import TrainingSettings
+from .config import TrainingSettings, as_json
 from .log import TrainingLog, choose_tracker
 from .power_average import drop_averages, is_written, write_averages
 from .state import Stateful, TrainingState
@@ -173,13 +172,12 @@ def count_steps(settings: TrainingSettings, batches: Batches) -> TrainingSetting
 
 def describe(settings: TrainingSettings, accelerator: Accelerator) -> dict[str, Any]:
     """What makes a run that run, as JSON values: its script, settings, processes and precision."""
-    run = {
-        **asdict(settings),
+    return {
+        **as_json(settings),
         "script": type(settings).__name__,
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
-    return json.loads(json.dumps(run))
 
 
 def open_folder(folder: Path, settings: TrainingSettings, run: dict[str, Any]) -> Path | None:
@@ -192,8 +190,7 @@ def open_folder(folder: Path, settings: TrainingSettings, run: dict[str, Any]) -
     if checkpoint:
         done, constant = checkpoint_step(checkpoint), settings.lr_scheduler in CONSTANT_SCHEDULES
         grows = {"max_train_steps"} if constant and settings.max_train_steps >= done else set()
-        defaults = json.loads(json.dumps(asdict(type(settings)())))
-        check_same_run(checkpoint, run, settings.may_change | grows, defaults)
+        check_same_run(checkpoint, run, settings.may_change | grows, as_json(type(settings)()))
     return checkpoint
 
 

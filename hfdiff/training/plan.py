@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def choose_resolution(settings: GuidedSettings, shorter_side: int, device: torch
     most = max(size for hours, size in sizes.items() if settings.seconds >= 3600 * hours)
     multiple = SMALLEST_MAP if shorter_side >= 4 * SMALLEST_MAP else 4 if shorter_side >= 4 else 1
     size = max(1, min(most, shorter_side - shorter_side % multiple))
-    reason = f"the pictures' shorter side is {shorter_side}, half of the time"
+    reason = f"half of the pictures have {shorter_side} pixels or more on their shorter side"
     if size == most < shorter_side:
         where = "a CPU" if device.type == "cpu" else "one GPU"
         reason += f", and {where} learns no more than {most} pixels in {settings.time_budget}"
@@ -81,25 +82,26 @@ def choose(settings: GuidedSettings, data: LabelledImages, device: torch.device,
         batch_size = max(1, min(BATCH_SIZE, len(data.images) // 2 // processes))
         choices.append(Choice("train_batch_size", batch_size, "small batches make many steps"))
     images = data.images[torch.arange(batch_size) % len(data.images)].to(device)
+    speed_of = cache(lambda widths, precision: _unet_speed(widths, images, precision))
     precision = settings.mixed_precision
     if precision is None:
-        choices.append(_choose_precision(images, device))
+        choices.append(_choose_precision(images, speed_of))
         precision = choices[-1].value
-    seconds = DIFFUSION * settings.seconds * processes
+    seconds = DIFFUSION * settings.seconds
     widths = settings.block_out_channels
     if widths is None:
-        widths = _choose_widths(images, device, precision, seconds)
+        widths = _choose_widths(images, lambda widths: speed_of(widths, precision) * processes * seconds)
         reason = f"of the networks that see {IMAGES:,} images in their time, the widest, or the narrowest of all"
         choices.append(Choice("block_out_channels", widths, reason))
     if settings.max_train_steps is None:
-        speed = _unet_speed(widths, images, device, precision)
+        speed = speed_of(tuple(widths), precision)
         reason = f"{DIFFUSION:.0%} of the time, at {speed:.0f} images a second"
         choices.append(Choice("max_train_steps", max(1, int(speed * seconds / batch_size)), reason))
     if settings.learning_rate is None:
         rate = float(f"{LEARNING_RATE * (OF_WIDTH / widths[0]) ** 0.5:.1g}")
         choices.append(Choice("learning_rate", rate, "wider networks take smaller ones"))
     if settings.classifier_steps is None:
-        speed = _classifier_speed(images, len(data.label_names), device, precision)
+        speed = _classifier_speed(images, len(data.label_names), precision)
         steps = int(speed * CLASSIFIER * settings.seconds / batch_size)
         reason = f"{CLASSIFIER:.0%} of the time, at {speed:.0f} images a second, and {MOST_CLASSIFIER_STEPS:,} at most"
         choices.append(Choice("classifier_steps", max(1, min(steps, MOST_CLASSIFIER_STEPS)), reason))
@@ -124,11 +126,11 @@ def _about_the_data(settings: GuidedSettings, data: LabelledImages) -> list[Choi
     return choices
 
 
-def _choose_precision(images: Tensor, device: torch.device) -> Choice:
-    if fastest_dtype(device) == torch.float32:
+def _choose_precision(images: Tensor, speed_of: Callable[[tuple[int, ...], str], float]) -> Choice:
+    if fastest_dtype(images.device) == torch.float32:
         return Choice("mixed_precision", "no", "the hardware has no bfloat16 arithmetic")
     widths = _levels(TYPICAL_WIDTH, images)
-    single, half = (_unet_speed(widths, images, device, precision) for precision in ("no", "bf16"))
+    single, half = (speed_of(widths, precision) for precision in ("no", "bf16"))
     return Choice("mixed_precision", "bf16" if half > single else "no", f"bf16 is {half / single:.1f} times as fast")
 
 
@@ -140,12 +142,12 @@ def _levels(width: int, images: Tensor) -> tuple[int, ...]:
     return (width, *[2 * width] * (levels - 1))
 
 
-def _choose_widths(images: Tensor, device: torch.device, precision: str, seconds: float) -> tuple[int, ...]:
-    """The widest network that sees `IMAGES` images in so many seconds, or else the narrowest."""
+def _choose_widths(images: Tensor, seen_by: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
+    """The widest network that sees `IMAGES` images in its time, or else the narrowest."""
     chosen = _levels(WIDTHS[0], images)
     for width in WIDTHS[1:]:
         widths = _levels(width, images)
-        if _unet_speed(widths, images, device, precision) * seconds < IMAGES:
+        if seen_by(widths) < IMAGES:
             break
         chosen = widths
     return chosen
@@ -179,23 +181,23 @@ def classifier_settings(size: int) -> dict[str, Any]:
 # --- the machine's speed ---------------------------------------------------------------------------------------------
 
 
-def _unet_speed(widths: Sequence[int], images: Tensor, device: torch.device, precision: str | None) -> float:
+def _unet_speed(widths: Sequence[int], images: Tensor, precision: str | None) -> float:
     data = LabelledImages(images, None, [])
-    unet = build_unet(DDPMSettings(**unet_settings(widths)), data).to(device)
+    unet = build_unet(DDPMSettings(**unet_settings(widths)), data).to(images.device)
     scheduler, noise = DDPMScheduler(), torch.randn_like(images)
-    timestep = torch.arange(len(images), device=device)
+    timestep = torch.arange(len(images), device=images.device)
     return _images_per_second(
         unet, lambda: ddpm_losses(unet, scheduler, images, timestep, noise).mean(), len(images), precision
     )
 
 
-def _classifier_speed(images: Tensor, classes: int, device: torch.device, precision: str | None) -> float:
+def _classifier_speed(images: Tensor, classes: int, precision: str | None) -> float:
     _, channels, size, _ = images.shape
     classifier = NoisyClassifier(
         in_channels=channels, sample_size=size, num_classes=classes, **classifier_settings(size)
-    ).to(device)
+    ).to(images.device)
     scheduler, noise = DDPMScheduler(), torch.randn_like(images)
-    timestep = torch.arange(len(images), device=device)
+    timestep = torch.arange(len(images), device=images.device)
     return _images_per_second(
         classifier,
         lambda: classification_loss(classifier, scheduler, images, timestep, noise, timestep % classes),

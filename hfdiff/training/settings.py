@@ -97,7 +97,7 @@ class UNetSettings(TrainingSettings):
 
 
 @dataclass(kw_only=True)
-class LabelSettings(TrainingSettings):
+class LabelSettings(RunSettings):
     """Settings of what labels are for.
 
     Args:
@@ -267,7 +267,7 @@ class NCSNSettings(UNetSettings, MonitorSettings):
 
 
 @dataclass(kw_only=True)
-class ClassifierSettings(LabelSettings):
+class ClassifierSettings(TrainingSettings, LabelSettings):
     """Settings of a noisy classifier's training.
 
     Args:
@@ -352,16 +352,11 @@ class ClassifierSettings(LabelSettings):
 
 
 @dataclass(kw_only=True)
-class GuidedSettings(RunSettings):
+class GuidedSettings(LabelSettings):
     """Settings of a guided pipeline's training, a diffusion model's and then its classifier's; the rest is chosen.
 
     Args:
         time_budget: how long it may take, like 15m or 1h30m; sizes and steps are chosen for it by the measured speed.
-        label_column: the dataset's column of labels.
-        hold_out: share of the training images to keep for measuring, where there is no validation_data.
-        balance_classes: draw every class equally often, however many images it has.
-        random_flip: mirror images left and right, every second time.
-        random_flip_classes: mirror images of these classes alone.
         augment_probability: of each change of the images that the diffusion model is told of.
         block_out_channels: widths of the diffusion model's UNet, one per level.
         train_batch_size: images per process and training step.
@@ -376,11 +371,7 @@ class GuidedSettings(RunSettings):
 
     output_dir: str = "out/digits-guided"
     time_budget: str = "15m"
-    label_column: str = "label"
-    hold_out: ClosedUnitInterval | None = None
-    balance_classes: bool | None = None
-    random_flip: bool = False
-    random_flip_classes: tuple[str | int, ...] | str | None = None
+    balance_classes: bool | None = None  # type: ignore[assignment]  # chosen
     augment_probability: ClosedUnitInterval | None = None
     block_out_channels: tuple[PositiveInt, ...] | None = None
     train_batch_size: PositiveInt | None = None

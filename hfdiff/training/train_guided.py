@@ -6,20 +6,22 @@ leaves what is done and resumes the rest.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
-from ..data.files import PARTIAL, replace, write_synced
-from ..data.labelled import load_images, median_side
+from ..data.files import place_file
+from ..data.labelled import median_side
 from ..data.process import on_main
 from . import train_classifier, train_ddpm
-from .config import RunSettings
+from .batches import choose_flips, load_training_data
+from .card import find_repository
+from .config import as_json
 from .plan import Choice, choose, choose_resolution, classifier_settings, unet_settings, with_choices
-from .settings import ClassifierSettings, DDPMSettings, GuidedSettings
+from .settings import ClassifierSettings, DDPMSettings, GuidedSettings, LabelSettings
 
 PLAN, DIFFUSION = "plan.json", "diffusion"  # file and folder in a run's
 INDEX = "model_index.json"
@@ -31,6 +33,7 @@ def run(settings: GuidedSettings) -> None:
     """Trains, or goes on training, the pipeline of the settings."""
     state = PartialState(cpu=not torch.accelerator.is_available())
     folder = Path(settings.output_dir)
+    on_main(state, lambda: find_repository(settings))
     settings = plan(settings, state)
     if (folder / INDEX).is_file():
         state.print(f"{folder} is trained already; draw from it, or train another in another `--output_dir`.")
@@ -73,21 +76,15 @@ def plan(settings: GuidedSettings, state: PartialState) -> GuidedSettings:
 
 def choose_all(settings: GuidedSettings, state: PartialState) -> list[Choice]:
     """What is not given; every process measures, so that they slow one another as they will in training."""
-    column, config = settings.image_column, settings.dataset_config_name
     choices = []
     if settings.resolution is None:
-        side = median_side(settings.dataset, image_column=column, config_name=config)
+        side = median_side(
+            settings.dataset, image_column=settings.image_column, config_name=settings.dataset_config_name
+        )
         choices.append(choose_resolution(settings, side, state.device))
         settings = with_choices(settings, choices)
-    data = load_images(
-        settings.dataset,
-        image_column=column,
-        config_name=config,
-        label_column=settings.label_column,
-        labels_from_names=settings.labels_from_names,
-        resolution=settings.resolution,
-        streaming=settings.streaming,
-    )
+    data, _ = load_training_data(settings, settings.label_column)
+    choose_flips(settings, data)  # refuses classes that are not there, before the plan is kept
     torch.manual_seed(settings.seed)
     return choices + choose(settings, data, state.device, state.num_processes)
 
@@ -97,32 +94,15 @@ def keep(path: Path, content: dict[str, Any], choices: Sequence[Choice]) -> dict
     print(*choices, sep="\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2)
-    partial = path.with_name(path.name + PARTIAL)
-    write_synced(partial, text.encode())
-    replace(partial, path)
+    place_file(path, text.encode())
     return json.loads(text)["chosen"]
-
-
-def as_json(settings: RunSettings) -> dict[str, Any]:
-    """Settings as JSON has them."""
-    return json.loads(json.dumps(asdict(settings)))
 
 
 def common(settings: GuidedSettings, steps: int) -> dict[str, Any]:
     """What both stages are told."""
-    names = {field.name for field in fields(RunSettings)} | {
-        "label_column",
-        "hold_out",
-        "balance_classes",
-        "random_flip",
-        "random_flip_classes",
-        "train_batch_size",
-        "mixed_precision",
-        "sample_steps",
-    }
+    names = {field.name for field in fields(LabelSettings)} | {"train_batch_size", "mixed_precision", "sample_steps"}
     every = max(1, steps // CHECKPOINTS)
     return {name: getattr(settings, name) for name in names} | {
-        "hold_out": settings.hold_out or 0.0,
         "max_train_steps": steps,
         "lr_warmup_steps": min(100, steps // 10),
         "ema_decay": round(1 - min(0.05, 20 / steps), 6),

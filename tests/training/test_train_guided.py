@@ -105,6 +105,29 @@ def test_another_run_is_refused_in_a_runs_folder(trained: Path, pictures: Path) 
         )
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--random_flip_classes", "cat,cow"], "`random_flip_classes` must be classes of the dataset, cat, dog, owl"),
+        (["--label_column", "kind"], "`label_column` must be one of"),
+        (["--hold_out", "0.9"], "`hold_out` must leave images on both sides"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_plan_is_kept(
+    pictures: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_training("guided").main([*QUICK, "--train_data_dir", str(pictures), "--output_dir", str(tmp_path), *flags])
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_contradict_each_other_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="`hold_out` must be 0 with `validation_data`"):
+        GuidedSettings(hold_out=0.1, validation_data="others")
+    with pytest.raises(ValueError, match="leave one out"):
+        GuidedSettings(random_flip=True, random_flip_classes="cat")
+
+
 @pytest.mark.parametrize("budget", ["", "15", "5s", "1.5h", "soon"])
 def test_a_budget_that_is_none_is_refused(budget: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -121,7 +144,11 @@ def test_budgets_are_read() -> None:
 
 
 def choices_of(
-    monkeypatch: pytest.MonkeyPatch, data: LabelledImages, parameters_a_second: float, **given: object
+    monkeypatch: pytest.MonkeyPatch,
+    data: LabelledImages,
+    parameters_a_second: float,
+    processes: int = 1,
+    **given: object,
 ) -> dict[str, object]:
     """What is chosen where a training step of an image takes a time in proportion to the network's parameters."""
 
@@ -130,7 +157,7 @@ def choices_of(
 
     monkeypatch.setattr(plan, "_images_per_second", speed)
     settings = GuidedSettings(train_data_dir="pictures", mixed_precision="no", **given)  # type: ignore[arg-type]
-    return {choice.name: choice.value for choice in choose(settings, data, CPU, 1)}
+    return {choice.name: choice.value for choice in choose(settings, data, CPU, processes)}
 
 
 def colour_set(*sizes: int) -> LabelledImages:
@@ -149,6 +176,13 @@ def test_faster_machines_and_longer_times_take_wider_networks_up_to_the_images_t
     assert fast["block_out_channels"][0] > 16  # type: ignore[index]
     for chosen in (fast, longer):
         assert chosen["max_train_steps"] * chosen["train_batch_size"] >= plan.IMAGES * 0.99  # type: ignore[operator]
+
+
+def test_processes_side_by_side_take_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, widths = colour_set(60, 60), {"block_out_channels": (8, 16), "train_batch_size": 8}
+    one, two = (choices_of(monkeypatch, data, 1e7, processes, **widths) for processes in (1, 2))
+    assert one["max_train_steps"] == two["max_train_steps"]
+    assert one["classifier_steps"] == two["classifier_steps"]
 
 
 def test_uneven_and_few_images_are_balanced_and_augmented(monkeypatch: pytest.MonkeyPatch) -> None:
