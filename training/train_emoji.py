@@ -18,6 +18,7 @@ from hfdiff.training.unet import without_classes
 RECIPES = Path(__file__).parent / "recipes"
 STEPS = {"ddpm": 6000, "kind": 2500, "style": 1000}
 LABELS = {"kind": "label", "style": "style"}
+SCALES = {"kind": 14, "style": 12}
 GPU_BATCH, BATCH = 256, 64
 INDEX = "model_index.json"
 
@@ -50,7 +51,8 @@ def main() -> None:
     without_kinds(out / "ddpm", out / "unconditional")
     measured = ["--validation_data", args.validation_data] if args.validation_data else []
     for name, column in LABELS.items():
-        flags = [*data, *measured, "--label_column", column, "--diffusion_model", str(out / "unconditional")]
+        flags = [*data, *measured, "--label_column", column, "--guidance_scale", str(SCALES[name])]
+        flags += ["--diffusion_model", str(out / "unconditional")]
         train("classifier", "emoji-classifier.yaml", out / name, STEPS[name], *flags)
     classifiers = {name: NoisyClassifier.from_pretrained(out / name, subfolder="classifier") for name in LABELS}
     unet = open_diffusion_model(str(out / "unconditional")).unet
