@@ -141,6 +141,7 @@ class BatchStream:
         class_dropout: share of the labels that are K, which stands for no class.
         balance_classes: draw every class equally often.
         augment_probability: of each change of [`geometry`], by a generator of its own.
+        keep_class: leave out of these changes mirrors and turns, which make one class of another (6 and 9).
 
     Raises:
         ValueError: when there are fewer images than a batch holds.
@@ -155,6 +156,7 @@ class BatchStream:
     class_dropout: float = 0.0
     balance_classes: bool = False
     augment_probability: float = 0.0
+    keep_class: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size > len(self.data.images):
@@ -186,6 +188,8 @@ class BatchStream:
         if self.augment_probability:
             own = make_generator(self.seed, "augment", number)
             augment_labels = geometry.draw_labels(len(x0), self.augment_probability, own)
+            if self.keep_class:
+                augment_labels = augment_labels * geometry.KEEPS_CLASS
             x0 = geometry.change(x0, augment_labels)
         return Batch(x0, timestep, noise, labels, weight, augment_labels)
 

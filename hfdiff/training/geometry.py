@@ -26,6 +26,7 @@ NUM_LABELS = 9
 SCALE = 0.2 * math.log(2)  # of a label of 1, as a natural logarithm
 OF_UNET = "unet."  # the UNet's own tensors among those of a `ToldUNet`
 SHIFT = 0.125  # of a label of 1, in sizes of the picture
+KEEPS_CLASS = torch.tensor([False] * 2 + [True] + [False] * 2 + [True] * 4)  # in a label: all but mirrors and turns
 
 
 def draw_labels(count: int, probability: float, generator: torch.Generator) -> Tensor:

@@ -22,12 +22,12 @@ DIFFUSION, CLASSIFIER = 0.6, 0.2  # shares of the time; the rest is for reading,
 WIDTHS = (16, 32, 48, 64, 96, 128, 192)  # of a UNet's first level; those below have twice that
 MOST_GROUPS, HEAD_DIM = 8, 16
 SMALLEST_MAP = 8  # pixels, of the last level
-IMAGES = 100_000  # that a network should see at least, the same ones again and again
+IMAGES = 80_000  # that a network should see at least, the same ones again and again
 FEW_IMAGES = 5_000  # below which they are augmented
 AUGMENTED = 0.12  # probability, as for CIFAR-10 in Karras et al. (2022)
 UNEVEN = 1.2  # largest class over smallest, above which they are balanced
-HELD_OUT, FEWEST_TO_HOLD_OUT = 0.1, 100
-BATCH_SIZE = 32
+HELD_OUT, MOST_HELD_OUT, FEWEST_TO_HOLD_OUT = 0.1, 200, 100  # a share, images held out, images in all
+BATCH_SIZE = 64
 TYPICAL_WIDTH = 32
 LEARNING_RATE, OF_WIDTH = 1e-3, 32  # of a UNet of this width; it falls with the root of the width
 MOST_CLASSIFIER_STEPS = 4_000
@@ -80,7 +80,7 @@ def choose(settings: GuidedSettings, data: LabelledImages, device: torch.device,
     batch_size = settings.train_batch_size
     if batch_size is None:
         batch_size = max(1, min(BATCH_SIZE, len(data.images) // 2 // processes))
-        choices.append(Choice("train_batch_size", batch_size, "small batches make many steps"))
+        choices.append(Choice("train_batch_size", batch_size, "smaller ones take nearly as long a step"))
     images = data.images[torch.arange(batch_size) % len(data.images)].to(device)
     speed_of = cache(lambda widths, precision: _unet_speed(widths, images, precision))
     precision = settings.mixed_precision
@@ -114,8 +114,8 @@ def _about_the_data(settings: GuidedSettings, data: LabelledImages) -> list[Choi
     sizes = data.labels.bincount(minlength=len(data.label_names))
     largest, smallest = int(sizes.max()), int(sizes[sizes > 0].min())
     if settings.hold_out is None and settings.validation_data is None and settings.dataset != "digits":
-        share = HELD_OUT if count >= FEWEST_TO_HOLD_OUT else 0.0
-        why = "to measure with" if share else f"{count} images are too few to spare any"
+        share = min(HELD_OUT, float(f"{MOST_HELD_OUT / count:.2g}")) if count >= FEWEST_TO_HOLD_OUT else 0.0
+        why = f"to measure with, {MOST_HELD_OUT} images at most" if share else f"{count} images are too few to spare any"
         choices.append(Choice("hold_out", share, why))
     if settings.balance_classes is None:
         reason = f"classes have {smallest:,} to {largest:,} images"

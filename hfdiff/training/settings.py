@@ -272,6 +272,7 @@ class ClassifierSettings(TrainingSettings, LabelSettings):
 
     Args:
         shift_augmentation: move each image by up to this many pixels each way; its border is repeated outwards.
+        augment_probability: scale, stretch and shift the images, each with this probability.
         label_smoothing: share of each label that is spread evenly over all classes, in the cross entropy.
         diffusion_model: the pipeline folder or Hub id of the diffusion model or score network to guide; gives the noise
             levels. A run on the digits without any takes out/digits-ddpm where there is one.
@@ -307,6 +308,7 @@ class ClassifierSettings(TrainingSettings, LabelSettings):
     max_train_steps: PositiveInt = 800
     learning_rate: PositiveFloat = 2e-3
     shift_augmentation: NonNegativeInt = 0
+    augment_probability: ClosedUnitInterval = 0.0
     label_smoothing: ClosedUnitInterval = 0.0
     diffusion_model: str | None = None
     num_train_timesteps: PositiveInt | None = None

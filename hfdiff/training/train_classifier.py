@@ -85,9 +85,16 @@ def run(settings: ClassifierSettings, recipe: RunSettings | None = None) -> None
     augmentation = Augmentation(not settings.center_crop, choose_flips(settings, data), settings.shift_augmentation)
     batch_size = settings.train_batch_size * accelerator.num_processes
     sampler = LogSNRSampler(scheduler.alphas_cumprod) if settings.time_sampling == "log-snr" else None
-    balanced = settings.balance_classes
     batches = BatchStream(
-        data, batch_size, len(scheduler), settings.seed, augmentation, sampler, balance_classes=balanced
+        data,
+        batch_size,
+        len(scheduler),
+        settings.seed,
+        augmentation,
+        sampler,
+        balance_classes=settings.balance_classes,
+        augment_probability=settings.augment_probability,
+        keep_class=True,
     )
     repository = on_main(accelerator, lambda: find_repository(settings))
     monitor = make_monitor(unet, classifier, scheduler, validation, settings.seed) if validation else None

@@ -118,6 +118,17 @@ def test_labels_of_unchanged_pictures_are_zero_and_each_change_has_its_probabili
     assert 0.7**4 * 0.85**2 - 0.03 < same.double().mean() < 0.7**4 * 0.85**2 + 0.03
 
 
+def test_what_may_change_a_class_is_left_out_where_it_must_stay() -> None:
+    data = LabelledImages(torch.rand(40, 1, 16, 16), torch.zeros(40, dtype=torch.long), ["a"])
+    batch = BatchStream(data, 40, 100, 0, augment_probability=1.0, keep_class=True)(0)
+    assert batch.augment_labels is not None
+    mirrored_or_turned, others = batch.augment_labels[:, [0, 1, 3, 4]], batch.augment_labels[:, [2, 5, 7, 8]]
+    assert (mirrored_or_turned == 0).all()
+    assert (others != 0).all()
+    plain = BatchStream(data, 40, 100, 0)(0)
+    assert torch.equal(change(plain.x0, batch.augment_labels), batch.x0)
+
+
 def test_a_batch_without_augmentation_has_the_same_bits_and_one_with_it_the_same_noise() -> None:
     data = LabelledImages(torch.rand(30, 1, 8, 8, generator=generator()) * 2 - 1, None, [])
     plain, off, on = (BatchStream(data, 10, 100, 0, augment_probability=p)(2) for p in (0.0, 0.0, 0.5))

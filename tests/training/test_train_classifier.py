@@ -30,7 +30,7 @@ TINY_CLASSIFIER = [
     *("--num_head_channels", "8", "--norm_num_groups", "4", "--dropout", "0.3"),
 ]
 SAMPLES = ["--guidance_scale", "3", "--sample_images", "2", "--sample_steps", "3"]
-AUGMENTED = ["--shift_augmentation", "1", "--random_flip", "--label_smoothing", "0.1"]
+AUGMENTED = ["--shift_augmentation", "1", "--augment_probability", "0.5", "--random_flip", "--label_smoothing", "0.1"]
 
 
 @pytest.fixture(scope="module")
