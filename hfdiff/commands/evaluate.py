@@ -98,7 +98,7 @@ def _check_arguments(args: argparse.Namespace) -> tuple[EvaluationSettings, Samp
     if args.output is not None:
         check_output("output", args.output)
     if args.samples is not None:
-        check_metrics(args.metrics.split(","), has_reference=args.reference is not None)
+        check_metrics(args.metrics.split(","), args.reference is not None, args.features or "")
     if args.output is not None and args.output.suffix not in SUFFIXES:
         raise ValueError(f"`output` of a report must end in .json or .md, got {args.output.name!r}.")
     if args.save_statistics is not None and (args.reference is None or args.save_statistics.suffix != ".npz"):

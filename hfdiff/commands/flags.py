@@ -19,6 +19,7 @@ EVALUATION_HELP = {
     "kid_subset_size": "images of each of KID's subsets, at most",
     "kid_num_subsets": "how many subsets",
     "nearest": "the neighbour k of precision and recall",
+    "density_nearest": "the neighbour k of density and coverage",
     "copies_nearest": "how many neighbours set the scale of a copy's distance",
     "copies_threshold": "the ratio of distances up to which a sample is a copy; --held_out may lower it",
     "seed": "of drawn images, and of the subsets of kid and fid_infinity",
@@ -62,8 +63,8 @@ def add_measuring_flags(command: Any, metrics: str) -> None:
     command.add_argument("--metrics", default=metrics, help=f"some of {','.join(METRIC_NAMES)} (default: %(default)s)")
     command.add_argument(
         "--features",
-        help='"inception", "classifier:" and a folder or Hub id of an image classifier, or "pixels", which is the '
-        "default for copies alone",
+        help='"inception"; "classifier:", "dinov2:" or "clip:" and the folder or Hub id of one; or "pixels", which '
+        "is the default for copies alone",
     )
     command.add_argument("--weights", type=Path, help="file of Inception's weights; downloaded by default")
     command.add_argument("--split", default="train", help="of datasets that have some (default: %(default)s)")

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
             that cannot be read.
     """
     settings, base = evaluation_settings(args), sampling_settings(args)
-    check_metrics(args.metrics.split(","), has_reference=True)
+    check_metrics(args.metrics.split(","), True, args.features or "")
     for name in ("pipeline", "reference"):
         check_path(name, getattr(args, name))
     check_measuring(args)

@@ -1,10 +1,12 @@
-"""The kernel distance of two sets of features: KID, an unbiased squared maximum mean discrepancy."""
+"""Kernel distances of two sets of features, squared maximum mean discrepancies: KID and CMMD."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .statistics import as_features
+from .distances import as_pair, chunks, squared_distances
+
+BANDWIDTH, SCALE = 10.0, 1000.0  # σ and the factor of CMMD
 
 
 def kernel_inception_distance(
@@ -43,11 +45,7 @@ def subset_kernel_distances(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The MMD² of each subset, float64, (num_subsets,); arguments and errors as in [`kernel_inception_distance`]."""
-    real, fake = as_features("real", real), as_features("fake", fake)
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(
-            f"`real` and `fake` must have one width, got {real.shape[1]} and {fake.shape[1]}; use one network."
-        )
+    real, fake = as_pair(real, fake)
     fewest = min(len(real), len(fake))
     if not 2 <= subset_size <= fewest or num_subsets < 1:
         raise ValueError(
@@ -59,6 +57,31 @@ def subset_kernel_distances(
         return features[torch.randperm(len(features), generator=generator)[:subset_size].to(features.device)]
 
     return torch.stack([_squared_discrepancy(draw(real), draw(fake)) for _ in range(num_subsets)])
+
+
+def clip_maximum_mean_discrepancy(real: Tensor | np.ndarray, fake: Tensor | np.ndarray) -> float:
+    """CMMD, 1000 times the squared MMD with the kernel k(x, y) = exp(-‖x - y‖²/(2 σ²)), σ = 10.
+
+    Reference: Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation", 2024,
+    section 4, for CLIP's image embeddings of length 1; σ and the factor are the paper's. Pairs of an image with itself
+    count, as in the original code, so the distance of two draws of one distribution is above zero, by about 1/N.
+
+    Args:
+        real: features of real images, (N, D).
+        fake: features of generated images, (M, D).
+
+    Raises:
+        ValueError: for features of different widths, or NaN.
+    """
+    real, fake = as_pair(real, fake)
+    within = _mean_similarity(real, real) + _mean_similarity(fake, fake)
+    return SCALE * (within - 2 * _mean_similarity(real, fake))
+
+
+def _mean_similarity(x: Tensor, y: Tensor) -> float:
+    """The mean of CMMD's kernel over all pairs."""
+    parts = [squared_distances(part, y).div_(-2 * BANDWIDTH**2).exp_().sum() for part in chunks(x, len(y))]
+    return torch.stack(parts).sum().item() / (len(x) * len(y))
 
 
 def _squared_discrepancy(x: Tensor, y: Tensor) -> Tensor:

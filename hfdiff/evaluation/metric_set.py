@@ -11,9 +11,9 @@ from .accuracy import class_accuracy
 from .copies import Neighbours, measure_copies, share_of_copies
 from .feature_set import PIXELS
 from .inception_score import split_inception_scores
-from .kernel_distance import subset_kernel_distances
+from .kernel_distance import clip_maximum_mean_discrepancy, subset_kernel_distances
 from .metrics import frechet_distance, frechet_distance_infinity
-from .precision_recall import precision_recall
+from .precision_recall import density_coverage, precision_recall
 from .settings import EvaluationSettings
 from .statistics import FeatureStatistics
 
@@ -66,6 +66,15 @@ def _kid(samples: Tensor, reference: Tensor, settings: EvaluationSettings) -> di
 def _precision_recall(samples: Tensor, reference: Tensor, settings: EvaluationSettings) -> dict[str, Value]:
     found = precision_recall(reference, samples, settings.nearest)
     return {"precision": Value(found.precision), "recall": Value(found.recall)}
+
+
+def _density_coverage(samples: Tensor, reference: Tensor, settings: EvaluationSettings) -> dict[str, Value]:
+    found = density_coverage(reference, samples, settings.density_nearest)
+    return {"density": Value(found.density), "coverage": Value(found.coverage)}
+
+
+def _cmmd(samples: Tensor, reference: Tensor, _: EvaluationSettings) -> dict[str, Value]:
+    return {"cmmd": Value(clip_maximum_mean_discrepancy(reference, samples))}
 
 
 def _copies(samples: Tensor, real: tuple[Tensor, Tensor | None], settings: EvaluationSettings) -> dict[str, Value]:
@@ -128,6 +137,9 @@ METRICS = {
     "kid": Metric("pooled", "pooled", _kid),
     "precision": Metric("pooled", "pooled", _precision_recall),
     "recall": Metric("pooled", "pooled", _precision_recall),
+    "density": Metric("pooled", "pooled", _density_coverage),
+    "coverage": Metric("pooled", "pooled", _density_coverage),
+    "cmmd": Metric("pooled", "pooled", _cmmd),
     "sfid": Metric("spatial_statistics", "spatial_statistics", _sfid),
     "copies": Metric(PIXELS, PIXELS, _copies, held_out=True),
     "copies_features": Metric("pooled", "pooled", _copies_features, held_out=True),

@@ -1,4 +1,4 @@
-"""The networks that features come from, by name: Inception, noisy classifiers, classifiers of transformers."""
+"""The networks that features come from, by name: Inception, classifiers, DINOv2, CLIP."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..data.files import file_checksum
 from ..models.noisy_classifier import NoisyClassifier
 from ..pipelines.hub_download import fetch
+from .embeddings import KINDS, EmbeddingFeatures
 from .features import (
     FeatureExtractor,
     ImageFeatures,
@@ -20,7 +21,7 @@ from .features import (
     tap_output,
 )
 
-CLASSIFIER, CONFIG = "classifier:", "config.json"
+CLASSIFIER, CONFIG = "classifier", "config.json"
 
 
 def load_features(name: str, *, weights: str | Path | None = None) -> FeatureExtractor:
@@ -28,7 +29,7 @@ def load_features(name: str, *, weights: str | Path | None = None) -> FeatureExt
 
     Args:
         name: "inception"; "classifier:" and the folder or Hub id of a [`NoisyClassifier`] or of any image classifier
-            of transformers; or "pixels", without any network.
+            of transformers; "dinov2:" or "clip:" and the folder or Hub id of one; or "pixels", without any network.
         weights: file of Inception's weights; by default torch's cache, into which they are downloaded.
 
     Raises:
@@ -38,14 +39,17 @@ def load_features(name: str, *, weights: str | Path | None = None) -> FeatureExt
         from .inception import InceptionFeatures
 
         return InceptionFeatures(weights)
-    if (name != "pixels" and not name.startswith(CLASSIFIER)) or weights is not None:
+    kind, colon, source = name.partition(":")
+    if weights is not None or (name != "pixels" and not (colon and kind in (CLASSIFIER, *KINDS))):
         raise ValueError(
-            f'`features` must be "inception", with `weights` or without, "{CLASSIFIER}<folder or Hub id>" or "pixels", '
-            f"got {name!r}{'' if weights is None else ' with weights'}."
+            f'`features` must be "inception", with `weights` or without, "classifier:", "dinov2:" or "clip:" and a '
+            f'folder or Hub id, or "pixels", got {name!r}{"" if weights is None else " with weights"}.'
         )
     if name == "pixels":
         return PixelFeatures()
-    folder = _download(name.removeprefix(CLASSIFIER))
+    folder = _download(source)
+    if kind in KINDS:
+        return EmbeddingFeatures(kind, folder, name)
     config = json.loads((folder / CONFIG).read_text())
     if config.get("_class_name") == NoisyClassifier.__name__:
         return NoisyClassifierFeatures(folder, name)

@@ -10,6 +10,9 @@ METRIC_NAMES = (
     "kid",
     "precision",
     "recall",
+    "density",
+    "coverage",
+    "cmmd",
     "sfid",
     "copies",
     "copies_features",
@@ -18,10 +21,12 @@ METRIC_NAMES = (
 )  # of `metric_set.METRICS`
 COPIES = ("copies", "copies_features")
 OF_SUMS = ("fid", "fid_infinity", "sfid")  # what they compare with
-OF_IMAGES = ("kid", "precision", "recall", *COPIES)
+OF_IMAGES = ("kid", "precision", "recall", "density", "coverage", "cmmd", *COPIES)
 OF_PIXELS = ("copies",)  # need no network
 COPY_NEIGHBOURS, COPY_THRESHOLD = 50, 0.5  # n and α of Carlini et al. 2023, section 5.1
 LEAST = {"seed": 0, "copies_nearest": 2, "copies_threshold": 0}  # of settings that may be less, or must be more, than 1
+OF_CLASSES = ("is", "accuracy", "worst_class_accuracy")  # need features of a classifier
+WITHOUT_CLASSES = ("pixels", "dinov2", "clip")  # kinds of features
 SPLIT_SIZE = 5000  # images of each split of the Inception Score, as in guided-diffusion's evaluator
 
 
@@ -35,6 +40,7 @@ class EvaluationSettings:
         kid_subset_size: images of each of KID's subsets, at most; all where there are fewer.
         kid_num_subsets: how many subsets.
         nearest: the neighbour k of precision and recall.
+        density_nearest: the neighbour k of density and coverage.
         copies_nearest: how many neighbours set the scale of a copy's distance.
         copies_threshold: the ratio up to which a sample is a copy, from 0 to 1; held-out images may lower it.
         seed: of the subsets.
@@ -48,6 +54,7 @@ class EvaluationSettings:
     kid_subset_size: int = 1000
     kid_num_subsets: int = 100
     nearest: int = 3
+    density_nearest: int = 5
     copies_nearest: int = COPY_NEIGHBOURS
     copies_threshold: float = COPY_THRESHOLD
     seed: int = 0
@@ -61,8 +68,8 @@ class EvaluationSettings:
             raise ValueError(f"`copies_threshold` must be at most 1, got {self.copies_threshold}.")
 
 
-def check_metrics(metrics: Sequence[str], has_reference: bool) -> None:
-    """Refuses metrics that are unknown, or need a reference that is not there.
+def check_metrics(metrics: Sequence[str], has_reference: bool, features: str = "") -> None:
+    """Refuses metrics that are unknown, or need a reference or class probabilities that are not there.
 
     Raises:
         ValueError: then.
@@ -71,6 +78,10 @@ def check_metrics(metrics: Sequence[str], has_reference: bool) -> None:
     if unknown or not metrics:
         raise ValueError(f"`metrics` must be some of {', '.join(METRIC_NAMES)}, got {', '.join(unknown) or 'none'}.")
     for name in metrics:
+        if name in OF_CLASSES and features.partition(":")[0] in WITHOUT_CLASSES:
+            raise ValueError(
+                f"`features` must be of a classifier for {name}, got {features!r}; take classifier:<folder>."
+            )
         if not has_reference and name in (*OF_SUMS, *OF_IMAGES):
             what = "images or their statistics" if name in OF_SUMS else "images"
             raise ValueError(f"`reference` must have {what} for {name}, got none; name the real images.")

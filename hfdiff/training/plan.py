@@ -115,7 +115,9 @@ def _about_the_data(settings: GuidedSettings, data: LabelledImages) -> list[Choi
     largest, smallest = int(sizes.max()), int(sizes[sizes > 0].min())
     if settings.hold_out is None and settings.validation_data is None and settings.dataset != "digits":
         share = min(HELD_OUT, float(f"{MOST_HELD_OUT / count:.2g}")) if count >= FEWEST_TO_HOLD_OUT else 0.0
-        why = f"to measure with, {MOST_HELD_OUT} images at most" if share else f"{count} images are too few to spare any"
+        why = (
+            f"to measure with, {MOST_HELD_OUT} images at most" if share else f"{count} images are too few to spare any"
+        )
         choices.append(Choice("hold_out", share, why))
     if settings.balance_classes is None:
         reason = f"classes have {smallest:,} to {largest:,} images"

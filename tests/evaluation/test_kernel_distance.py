@@ -1,7 +1,12 @@
+import numpy as np
 import pytest
 import torch
 
-from hfdiff.evaluation.kernel_distance import kernel_inception_distance, subset_kernel_distances
+from hfdiff.evaluation.kernel_distance import (
+    clip_maximum_mean_discrepancy,
+    kernel_inception_distance,
+    subset_kernel_distances,
+)
 
 
 def expected_kernel(mean1: float, mean2: float) -> float:
@@ -61,3 +66,12 @@ def test_generator_draws_the_subsets():
 def test_what_does_not_fit_is_refused(real, fake, size, message):
     with pytest.raises(ValueError, match=message):
         kernel_inception_distance(real, fake, subset_size=size)
+
+
+def test_cmmd_of_two_gaussians():
+    """E exp(-d²/200) of a difference N(m, 2) is (1 + 2/100)^(-1/2) exp(-m²/(2 (100 + 2))); itself counts with 1/N."""
+    n, generator = 20_000, torch.Generator().manual_seed(0)
+    real, fake = torch.randn(2, n, 1, generator=generator, dtype=torch.float64).unbind()
+    same, apart = 1.02**-0.5, 1.02**-0.5 * np.exp(-(5**2) / 204)
+    expected = 1000 * 2 * ((1 - 1 / n) * same + 1 / n - apart)
+    assert clip_maximum_mean_discrepancy(real, fake + 5) == pytest.approx(expected, rel=0.02)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hfdiff.evaluation.precision_recall import precision_recall
+from hfdiff.evaluation.precision_recall import density_coverage, precision_recall
 
-module = importlib.import_module("hfdiff.evaluation.precision_recall")
+module = importlib.import_module("hfdiff.evaluation.distances")
 
 
 def test_by_hand_on_a_line():
@@ -37,9 +37,34 @@ def test_one_good_image_over_and_over_is_precise_without_recall():
 
 def test_chunks_do_not_change_the_result(monkeypatch):
     real, fake = torch.randn(2, 60, 5)
-    whole = precision_recall(real, fake)
+    whole = precision_recall(real, fake), density_coverage(real, fake)
     monkeypatch.setattr(module, "CHUNK", 7 * 60)
-    assert precision_recall(real, fake) == whole
+    assert (precision_recall(real, fake), density_coverage(real, fake)) == whole
+
+
+def test_density_and_coverage_by_hand_on_a_line():
+    """k = 1. Real {0, 1, 4}: balls [-1, 1], [0, 2], [1, 7]. Of fake {0.5, 2, 5, 9}: 2, 2, 1 and 0 balls hold them."""
+    real, fake = torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([[0.5], [2.0], [5.0], [9.0]])
+    assert density_coverage(real, fake, k=1) == pytest.approx((5 / 4, 1))
+    assert density_coverage(real, fake[2:], k=1) == pytest.approx((1 / 2, 1 / 3))
+
+
+def test_an_outlier_adds_little_density_where_it_makes_all_precise():
+    """Naeem et al. 2020, figure 3: one real image far away has a ball that holds every sample between."""
+    real = torch.cat([torch.randn(99, 2), torch.tensor([[50.0, 0.0]])])
+    fake = torch.randn(100, 2) * 0.1 + torch.tensor([20.0, 0.0])
+    assert precision_recall(real, fake, k=5).precision == 1
+    assert density_coverage(real, fake, k=5) == pytest.approx((1 / 5, 1 / 100))
+
+
+def test_density_and_coverage_of_draws_of_one_density():
+    """Density is 1 on average; coverage 1 - (N-1)...(N-k) / ((M+N-1)...(M+N-k)) (Naeem et al. 2020, lemma 2)."""
+    generator = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(2, 1000, 3, generator=generator).unbind()
+    found = density_coverage(real, fake, k=5)
+    expected = 1 - np.prod([(1000 - i) / (2000 - i) for i in range(1, 6)])
+    assert found.density == pytest.approx(1, abs=0.05)
+    assert found.coverage == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 1000) ** 0.5)
 
 
 def test_equals_the_original_evaluator(data_dir):
