@@ -381,7 +381,7 @@ class GuidedSettings(LabelSettings):
     classifier_steps: PositiveInt | None = None
     learning_rate: PositiveFloat | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    guidance_scale: NonNegativeFloat = 4.0
+    guidance_scale: NonNegativeFloat = 10.0
     sample_steps: PositiveInt = 50
     judge: str | None = None
 

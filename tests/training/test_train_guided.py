@@ -53,7 +53,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def test_one_command_makes_a_guided_pipeline(trained: Path) -> None:
     pipe = ClassifierGuidedPipeline.from_pretrained(trained)
     assert pipe.id2label == {0: "cat", 1: "dog", 2: "owl"}
-    assert pipe.default_guidance_scale == 4
+    assert pipe.default_guidance_scale == 10
     assert pipe("owl", num_inference_steps=2).images[0].size == (16, 16)
     assert {"samples.png", "README.md", "plan.json"} <= {path.name for path in trained.iterdir()}
     assert "time_budget: 10s" in (trained / "README.md").read_text()
