@@ -37,6 +37,7 @@ class Panel:
         rows: which of the batch they are.
         classes: the class of each, whose probability is told below it; so many for each classifier that is asked.
         colors: of the curves of the same names, where there are some.
+        told: what the probabilities are, where there are several of each image.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Panel:
     rows: slice
     classes: tuple[tuple[int, ...], ...] = ()
     colors: tuple[str, ...] = ()
+    told: str = ""
 
     def probabilities(self, frame: Frame) -> list[list[float]]:
         """p(y | x_t) of each image's class, by classifier."""
@@ -62,7 +64,13 @@ class Film:
 
     def __init__(self, panels: Sequence[Panel]) -> None:
         self._panels = [
-            {"title": panel.title, "columns": list(panel.columns), "colors": list(panel.colors), "frames": []}
+            {
+                "title": panel.title,
+                "columns": list(panel.columns),
+                "colors": list(panel.colors),
+                "told": panel.told,
+                "frames": [],
+            }
             for panel in panels
         ]
         self._layout = list(zip(panels, self._panels))

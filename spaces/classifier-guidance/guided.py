@@ -19,6 +19,7 @@ from guides import (
 )
 from opening import Opened
 
+KINDS = ("guided", "unguided")
 MOST_BOXES = 20  # classes; more are chosen from a list
 
 
@@ -121,7 +122,7 @@ class Guided(GuidedExhibit):
         if settings.second_label:
             title += f"; {settings.second_label}, scale {settings.second_scale:g}"
         return [
-            Panel(title, names, rows, tuple(pull.columns[rows] for pull in pulls), colors)
+            Panel(title, names, rows, tuple(pull.columns[rows] for pull in pulls), colors, self.told(settings))
             for title, rows in (
                 (title, slice(0, count)),
                 ("Unguided, the same noise", slice(count, 2 * count)),
@@ -134,12 +135,20 @@ class Guided(GuidedExhibit):
         main = [gr.LinePlot(curves(panel, frames), color_map=colors) for panel in panels]
         if len(guides) == 1:
             return [*main, gr.LinePlot(visible=False), gr.LinePlot(visible=False)]
-        second = [gr.LinePlot(curves(panel, frames, 1), color_map=colors, visible=True) for panel in panels]
+        second = [
+            gr.LinePlot(
+                curves(panel, frames, 1),
+                color_map=colors,
+                label=f"p({guides[1].name} | xₜ) by step, {kind}",
+                visible=True,
+            )
+            for panel, kind in zip(panels, KINDS)
+        ]
         return [*main, *second]
 
     def fitted(self, opened: Opened) -> list[gr.components.Component]:
         labels = opened.guides[0].labels
-        chosen = [labels[i] for i in (3, 1, 4) if i < len(labels)] or labels[:1]
+        chosen = [label for label in ("3", "1", "4") if label in labels] or labels[:3]
         few = len(self.first.guides[0].labels) <= MOST_BOXES
         return [
             gr.CheckboxGroup(labels, value=chosen, label="Classes")
@@ -162,10 +171,10 @@ class Guided(GuidedExhibit):
 
     def plot_components(self) -> list[gr.LinePlot]:
         plots = []
-        for whose, visible in (("", True), (", second classifier", False)):
+        for visible in (True, False):  # of the first classifier, of the second
             with gr.Row():
                 plots += [
-                    gr.LinePlot(**CURVES, color="class", label=f"p(y | xₜ) by step, {kind}{whose}", visible=visible)
-                    for kind in ("guided", "unguided")
+                    gr.LinePlot(**CURVES, color="class", label=f"p(y | xₜ) by step, {kind}", visible=visible)
+                    for kind in KINDS
                 ]
         return plots

@@ -17,7 +17,7 @@ from opening import Guide, Models, Opened
 from hfdiff import AnnealedLangevinScheduler
 from hfdiff.sampling import image_generator
 
-USUAL_STEPS = 25
+USUAL_STEPS, USUAL_LANGEVIN_STEPS = 25, 50
 HIGHEST_SCALE = 40.0  # of a slider
 NOBODY = "any"  # what is shown for no label
 CURVES = {"x": "step", "y": "p(y | xₜ)", "y_lim": [0, 1], "colors_in_legend": [], "height": 230}
@@ -100,6 +100,11 @@ class GuidedExhibit(Exhibit):
             pulls.append(Pull(guides[1], (settings.second_label,) * len(labels), second_scales))
         return pulls
 
+    def told(self, settings: Any) -> str:
+        """What the numbers below an image are, where there are several."""
+        names = [pull.guide.name for pull in self.pulls(settings)]
+        return ", ".join(f"p({name} | xₜ)" for name in names) if len(names) > 1 else ""
+
     def arguments(self, settings: Any) -> dict[str, Any]:
         pulls = self.pulls(settings)
         return {
@@ -159,7 +164,7 @@ def second_of(opened: Opened, label: Any, scale: Any) -> tuple[str, float]:
 def scale_slider(opened: Opened) -> gr.Slider:
     """w of the first classifier."""
     main = opened.guides[0]
-    label = f"Guidance scale w of the {main.name}" if main.name else "Guidance scale w"
+    label = f"Scale w of the {main.name}" if main.name else "Guidance scale w"
     return gr.Slider(0, max(HIGHEST_SCALE, main.scale), main.scale, step=0.5, label=label)
 
 
@@ -171,7 +176,7 @@ def second_controls(opened: Opened) -> list[gr.components.Component]:
         gr.Radio(choices, value="", label=guide.name.capitalize() or "Second label", visible=several),
         gr.Slider(
             0, max(HIGHEST_SCALE, guide.scale), guide.scale, step=0.5, visible=several,
-            label=f"Guidance scale w of the {guide.name}",
+            label=f"Scale w of the {guide.name}",
         ),
     ]  # fmt: skip
 
@@ -181,7 +186,7 @@ def sampling_controls(opened: Opened) -> list[gr.components.Component]:
     schedulers = list(opened.schedulers)
     langevin = isinstance(opened.pipe.scheduler, AnnealedLangevinScheduler)
     return [
-        gr.Slider(1, MOST_STEPS, MOST_STEPS if langevin else USUAL_STEPS, step=1, label="Steps"),
+        gr.Slider(1, MOST_STEPS, USUAL_LANGEVIN_STEPS if langevin else USUAL_STEPS, step=1, label="Steps"),
         gr.Dropdown(schedulers, value=schedulers[0], label="Scheduler"),
     ]
 

@@ -98,7 +98,11 @@ class Sweep(GuidedExhibit):
         colors = tuple(color_map(OFFERED).get(name, "") for name in names)
         second = f" and {settings.second_label}, scale {settings.second_scale:g}" if settings.second_label else ""
         columns = tuple(pull.columns for pull in self.pulls(settings))
-        return [Panel(f"{settings.label}, by guidance scale{second}", names, slice(None), columns, colors)]
+        return [
+            Panel(
+                f"{settings.label}, by guidance scale{second}", names, slice(None), columns, colors, self.told(settings)
+            )
+        ]
 
     def plots(self, settings: Settings, frames: list[Frame]) -> list[pd.DataFrame | gr.LinePlot]:
         (panel,) = self.panels(settings)
@@ -106,12 +110,11 @@ class Sweep(GuidedExhibit):
             pd.DataFrame({"scale": settings.scales, "p(y | image)": probabilities, "label": pull.labels})
             for pull, probabilities in zip(self.pulls(settings), panel.probabilities(frames[-1]))
         ]
-        of_second = curves(panel, frames, 1, color="scale") if settings.second_label else None
-        return [
-            curves(panel, frames, color="scale"),
-            pd.concat(by_guide),
-            gr.LinePlot(of_second, visible=bool(settings.second_label)),
-        ]
+        of_second = gr.LinePlot(visible=False)
+        if settings.second_label:
+            name = self.opened(settings).guides[1].name
+            of_second = gr.LinePlot(curves(panel, frames, 1, "scale"), label=f"p({name} | xₜ) by step", visible=True)
+        return [curves(panel, frames, color="scale"), pd.concat(by_guide), of_second]
 
     def fitted(self, opened: Opened) -> list[gr.components.Component]:
         labels = opened.guides[0].labels
@@ -137,4 +140,4 @@ class Sweep(GuidedExhibit):
                 gr.LinePlot(**by_step, label="p(y | xₜ) by step"),
                 gr.LinePlot(**end, label="p(y | image) by scale"),
             ]
-        return [*plots, gr.LinePlot(**by_step, label="p(y | xₜ) by step, second classifier", visible=False)]
+        return [*plots, gr.LinePlot(**by_step, label="p(y | xₜ) by step", visible=False)]
