@@ -106,7 +106,7 @@ def scale_of_call(guidance_scale: Any, labels: Tensor | None, classifier: Any, d
     if labels is None or (classifier is None and guidance_scale is None):
         return 0.0
     if members := members_of(classifier):  # the scales are in the labels' terms
-        return 1.0 if any(joint_scales(guidance_scale, members).values()) else 0.0
+        return 1.0 if any(scale.any() for scale in joint_scales(guidance_scale, members).values()) else 0.0
     if classifier is None and guidance_scale != 0:
         raise ValueError(
             f"`guidance_scale` needs a classifier, got {guidance_scale!r} without; open the pipeline with "

@@ -153,7 +153,7 @@ class ClassifierGuidedPipeline(HubMixin, DiffusionPipeline):
                 are those of the first classifier.
             guidance_scale: w ≥ 0: one for all, a (B,) tensor, or a function of progress (0 at the first step, 1 at the
                 last) that gives either. 0 is off: the classifier is not run. Default: `default_guidance_scale`. For
-                several classifiers, a dictionary of numbers, or one number for all.
+                several classifiers, a dictionary of numbers or (B,) tensors, or one of these for all.
             num_inference_steps: model calls (of schedulers of first order).
             generator: source of all noise; a list of one per image makes each image independent of its batch.
             guidance_interval: (start, end), the part of the progress that is guided, ends included.

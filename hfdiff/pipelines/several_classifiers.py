@@ -4,7 +4,6 @@ A set of classifiers gives the log-probabilities of all, side by side; a label o
 ([`~composition.composed_labels`]) among the columns of its classifier.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from .components import class_names, config_of
 from .composition import composed_labels
 from .inputs import label_index_in, labels_of
 
-Scales = float | Mapping[str, float] | None
+Scales = float | Tensor | Mapping[str, float | Tensor] | None
 
 
 def members_of(classifier: Any) -> dict[str, Any]:
@@ -43,17 +42,17 @@ def check_names(argument: str, given: Any, members: Mapping[str, Any]) -> None:
         raise ValueError(f"`{argument}` must name classifiers among {sorted(members)}, got {unknown}; check the names.")
 
 
-def joint_labels(class_labels: Any, members: Mapping[str, Any], scales: Mapping[str, float]) -> Tensor:
+def joint_labels(class_labels: Any, members: Mapping[str, Any], scales: Mapping[str, Tensor]) -> Tensor:
     """The labels of all classifiers as one composition, (B, J, ΣK + 1).
 
     Args:
         class_labels: labels of each image by classifier, as a pipeline of that one takes them; one left out does not
             guide. Without a dictionary, those of the first classifier.
         members: the classifiers.
-        scales: w of each.
+        scales: w of each, [`joint_scales`].
 
     Raises:
-        ValueError: for an unknown classifier or label, or unequal numbers of labels.
+        ValueError: for an unknown classifier or label, or unequal numbers of labels or scales.
     """
     if not isinstance(class_labels, Mapping):
         class_labels = {next(iter(members)): class_labels}
@@ -76,7 +75,12 @@ def joint_labels(class_labels: Any, members: Mapping[str, Any], scales: Mapping[
         own = composed_labels(labels_of(labels), counts[name], index_of)
         joint = torch.zeros(*own.shape[:2], sum(counts.values()) + 1)
         joint[..., starts[name] : starts[name] + counts[name]] = len(members) * own[..., :-1]  # probabilities share 1
-        joint[..., -1] = scales[name] * own[..., -1]
+        if scales[name].ndim and len(scales[name]) != len(own):
+            raise ValueError(
+                f"`guidance_scale` of {name!r} must be one number, or one per image, {len(own)}, got "
+                f"{len(scales[name])}."
+            )
+        joint[..., -1] = scales[name].view(-1, 1) * own[..., -1]
         parts.append(joint)
     if len({len(part) for part in parts}) > 1:
         sizes = {name: len(part) for name, part in zip(class_labels, parts)}
@@ -84,11 +88,11 @@ def joint_labels(class_labels: Any, members: Mapping[str, Any], scales: Mapping[
     return torch.cat(parts, dim=1)
 
 
-def joint_scales(guidance_scale: Scales, members: Mapping[str, Any]) -> dict[str, float]:
-    """w of each classifier: given for all or by name, or its own by default.
+def joint_scales(guidance_scale: Scales, members: Mapping[str, Any]) -> dict[str, Tensor]:
+    """w of each classifier, one for all images or (B,): given for all or by name, or its own by default.
 
     Raises:
-        ValueError: for an unknown classifier, or a scale that is no number of at least 0.
+        ValueError: for an unknown classifier, or a scale that is no number of at least 0, nor (B,) of them.
     """
     own = {name: config_of(member, "guidance_scale") for name, member in members.items()}
     chosen = {name: 1.0 if scale is None else scale for name, scale in own.items()}
@@ -97,7 +101,17 @@ def joint_scales(guidance_scale: Scales, members: Mapping[str, Any]) -> dict[str
         chosen |= guidance_scale
     elif guidance_scale is not None:
         chosen = dict.fromkeys(members, guidance_scale)
-    for name, scale in chosen.items():
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
-            raise ValueError(f"`guidance_scale` of {name!r} must be a finite number of at least 0, got {scale!r}.")
-    return chosen
+    return {name: _scale_tensor(name, scale) for name, scale in chosen.items()}
+
+
+def _scale_tensor(name: str, scale: Any) -> Tensor:
+    """A checked scale, () or (B,)."""
+    numbers = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if numbers or (isinstance(scale, Tensor) and scale.ndim == 1):
+        tensor = torch.as_tensor(scale, dtype=torch.float32, device="cpu")
+        if tensor.isfinite().all() and (tensor >= 0).all():
+            return tensor
+    raise ValueError(
+        f"`guidance_scale` of {name!r} must be a finite number of at least 0, or a tensor of one per image, got "
+        f"{scale!r}."
+    )

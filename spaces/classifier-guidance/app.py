@@ -22,7 +22,7 @@ A diffusion model that was never told a label draws what a classifier of *noisy*
 
 **∇ log p(xₜ | y) = ∇ log p(xₜ) + w ∇ log p(y | xₜ)**"""
 GUIDED = """Choose classes and a scale w. Left, the classifier's gradient steers every step; right, the same noise
-without it. Below each image: what the classifier makes of it, p(y | xₜ)."""
+without it. Below each image: what each classifier makes of it, p(y | xₜ)."""
 LANGEVIN = """A score network has learned ∇ log p(x + σ z) at many noise levels σ. Langevin dynamics follows it at the
 largest level first, then at ever smaller ones."""
 SWEEP = """One noise, one class, many scales: from 0, where the classifier is not asked, to where it has its way."""
@@ -31,15 +31,15 @@ SWEEP = """One noise, one class, many scales: from 0, where the classifier is no
 def build() -> gr.Blocks:
     """The page."""
     torch.set_num_threads(1)  # a core for each drawing, so that its pixels do not depend on how many cores there are
-    guided, ncsn = open_pipelines()
+    models, ncsn = open_pipelines()
     with gr.Blocks(title="Classifier guidance", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
         gr.Markdown(TITLE, elem_classes="hero")
-        notes = [opened.note for opened in (guided, ncsn) if opened.note]
+        notes = [opened.note for opened in (models[models.names[0]], ncsn) if opened.note]
         if notes:
             gr.Markdown("  \n".join(notes), elem_classes="note")
-        Guided(guided).build("Guidance", GUIDED, "Draw three digits, and watch them come out of noise.")
+        Guided(models).build("Guidance", GUIDED, "Draw three images, and watch them come out of noise.")
         Langevin(ncsn).build("Langevin", LANGEVIN, "Draw five images, and watch σ fall.")
-        Sweep(guided).build("Scales", SWEEP, "Draw one digit at six scales.")
+        Sweep(models).build("Scales", SWEEP, "Draw one image at six scales.")
     return page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
 
 

@@ -34,6 +34,15 @@ def choice(name: str, value: Any, known: Sequence[str]) -> str:
     return value
 
 
+def optional(name: str, value: Any, known: Sequence[str]) -> str:
+    """One of the known names, or the empty one for none of them."""
+    if value is None or value == "":
+        return ""
+    if not known:
+        raise ValueError(f"{name} must be empty for a model of one classifier, got {_shown(value)}.")
+    return choice(name, value, known)
+
+
 def choices(name: str, values: Any, known: Sequence[str]) -> tuple[str, ...]:
     """Some of the known names, in the order they came in, with repeats."""
     _check_count(name, values)

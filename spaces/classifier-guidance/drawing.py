@@ -16,6 +16,7 @@ from torch import Tensor
 from hfdiff import AnnealedLangevinScheduler
 from hfdiff.data.pictures import to_bytes
 from hfdiff.pipelines.outputs import draws_from_zero
+from hfdiff.pipelines.several_classifiers import members_of
 
 MOST_FRAMES = 24
 FEWEST_FRAMES = 4
@@ -32,7 +33,7 @@ class Frame:
         caption: where this is.
         xt: the noisy images as the models saw them, (N, H, W, C) uint8.
         x0: the images that the step aimed at, the same.
-        probabilities: p(y | x_t) of every class, (N, K); None without a classifier.
+        probabilities: p(y | x_t) of every class, (N, K), of several classifiers side by side; None without any.
         sigma: σ, where the scheduler has levels of it.
     """
 
@@ -91,7 +92,11 @@ def frame_steps(steps: int, numel: int) -> set[int]:
 
 @torch.no_grad()
 def _probabilities(classifier: Any, xt: Tensor, t: Tensor) -> np.ndarray | None:
-    return None if classifier is None else classifier(xt, t).logits.float().softmax(-1).cpu().numpy()
+    if classifier is None:
+        return None
+    logits = classifier(xt, t).logits.float()
+    probabilities = logits.exp() if members_of(classifier) else logits.softmax(-1)  # a set gives log-probabilities
+    return probabilities.cpu().numpy()
 
 
 def _bytes(pipe: Any, images: Tensor) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
+from itertools import chain
 from typing import Any
 
 import gradio as gr
@@ -24,22 +25,21 @@ DRAWING = {"concurrency_id": "drawing", "concurrency_limit": TOGETHER, "preproce
 
 
 class Exhibit(ABC):
-    """A tab.
-
-    Args:
-        opened: the pipeline that it draws from.
-    """
+    """A tab."""
 
     endpoint: str  # by which programs call it
     plot_count: int
 
-    def __init__(self, opened: Opened) -> None:
-        self.opened = opened
+    def __init__(self) -> None:
         self._frames = on_gpu(self._draw)
 
     @abstractmethod
     def check(self, *inputs: Any) -> Any:
         """The settings that a visitor's inputs are, or a ValueError. It has a `steps`."""
+
+    @abstractmethod
+    def opened(self, settings: Any) -> Opened:
+        """What it draws from."""
 
     @abstractmethod
     def pipeline(self, settings: Any) -> Any:
@@ -58,8 +58,8 @@ class Exhibit(ABC):
         """How the images are laid out; each panel is a row of the picture to download."""
 
     @abstractmethod
-    def plots(self, settings: Any, frames: list[Frame]) -> list[pd.DataFrame]:
-        """The data of its plots."""
+    def plots(self, settings: Any, frames: list[Frame]) -> list[pd.DataFrame | gr.LinePlot]:
+        """The data of its plots, or what else changes of them, too."""
 
     @abstractmethod
     def controls(self) -> list[gr.components.Component]:
@@ -67,7 +67,7 @@ class Exhibit(ABC):
 
     @abstractmethod
     def plot_components(self) -> list[gr.LinePlot]:
-        """Makes the plots."""
+        """Makes the plots, in rows."""
 
     # --- a click -----------------------------------------------------------------------------------------------------
 
@@ -98,10 +98,12 @@ class Exhibit(ABC):
             with _told():
                 settings = self.check(*inputs)
                 *_, last = self._frames(settings)
-                probabilities = [p for panel in self.panels(settings) for p in panel.probabilities(last)]
-                report = {"model": self.opened.name, **asdict(settings), "code": self.snippet(settings)}
+                report = {**asdict(settings), "model": self.opened(settings).name, "code": self.snippet(settings)}
+                by_panel = [panel.probabilities(last) for panel in self.panels(settings)]
+                by_guide = [list(chain(*of_panels)) for of_panels in zip(*by_panel)]
+                report |= zip(("probabilities", "second_probabilities"), by_guide or [[]])
                 with self._files(settings, last) as (picture, archive):
-                    yield picture, archive, {**report, "probabilities": probabilities}
+                    yield picture, archive, report
 
         return answer
 
@@ -125,8 +127,7 @@ class Exhibit(ABC):
                         stop = gr.Button("Stop", min_width=90, elem_id=f"stop-{self.endpoint}")
                 with gr.Column(scale=2, min_width=320):
                     player = film_player(placeholder)
-                    with gr.Row():
-                        plots = self.plot_components()
+                    plots = self.plot_components()
                     with gr.Row():
                         downloads = [
                             gr.DownloadButton(f"Download {kind}", size="sm", elem_id=f"{kind}-{self.endpoint}")

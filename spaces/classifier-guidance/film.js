@@ -1,4 +1,4 @@
-// Shows the frames of props.value: { panels: [{ title, columns, frames: [{ caption, xt, x0, notes }] }], pixelated }
+// Shows the frames of props.value: { panels: [{ title, columns, told, frames: [{ caption, xt, x0, notes }] }], pixelated }
 const part = (name) => element.querySelector(`[data-part="${name}"]`);
 const KINDS = { xt: "xₜ, what the model sees", x0: "x̂₀, what it takes the image to be" };
 const MILLISECONDS = 110;
@@ -28,7 +28,7 @@ const last = () => Math.max(0, ...panels().map((panel) => panel.frames.length - 
 let laidOut = "";
 
 function layOut() {
-  const layout = JSON.stringify(panels().map((panel) => [panel.title, panel.columns]));
+  const layout = JSON.stringify(panels().map((panel) => [panel.title, panel.columns, panel.told]));
   if (layout === laidOut && part("panels").children.length) return;
   laidOut = layout;
   part("panels").replaceChildren(
@@ -41,7 +41,7 @@ function layOut() {
         image.alt = `${panel.title}: ${panel.columns.join(", ")}; ${KINDS[kind]}`;
         node.append(make("div", "kind", KINDS[kind]), image);
       }
-      node.append(make("div", "notes"));
+      node.append(make("div", "kind", panel.told), make("div", "notes"));
       return node;
     }),
   );

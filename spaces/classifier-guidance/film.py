@@ -35,21 +35,24 @@ class Panel:
         title: above them.
         columns: a name for each image.
         rows: which of the batch they are.
-        classes: the class of each, whose probability is told below it; empty tells none.
+        classes: the class of each, whose probability is told below it; so many for each classifier that is asked.
         colors: of the curves of the same names, where there are some.
+        told: what the probabilities are, where there are several of each image.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: slice
-    classes: tuple[int, ...] = ()
+    classes: tuple[tuple[int, ...], ...] = ()
     colors: tuple[str, ...] = ()
+    told: str = ""
 
-    def probabilities(self, frame: Frame) -> list[float]:
-        """p(y | x_t) of each image's class."""
+    def probabilities(self, frame: Frame) -> list[list[float]]:
+        """p(y | x_t) of each image's class, by classifier."""
         if frame.probabilities is None:
             return []
-        return frame.probabilities[self.rows][np.arange(len(self.classes)), list(self.classes)].tolist()
+        own = frame.probabilities[self.rows]
+        return [own[np.arange(len(classes)), list(classes)].tolist() for classes in self.classes]
 
 
 class Film:
@@ -61,7 +64,13 @@ class Film:
 
     def __init__(self, panels: Sequence[Panel]) -> None:
         self._panels = [
-            {"title": panel.title, "columns": list(panel.columns), "colors": list(panel.colors), "frames": []}
+            {
+                "title": panel.title,
+                "columns": list(panel.columns),
+                "colors": list(panel.colors),
+                "told": panel.told,
+                "frames": [],
+            }
             for panel in panels
         ]
         self._layout = list(zip(panels, self._panels))
@@ -72,7 +81,7 @@ class Film:
         self._pixelated = max(frame.x0.shape[1:3]) < SMALL
         for panel, shown in self._layout:
             strips = {"xt": _strip(frame.xt[panel.rows]), "x0": _strip(frame.x0[panel.rows])}
-            notes = [f"{probability:.0%}" for probability in panel.probabilities(frame)]
+            notes = ["\n".join(f"{p:.0%}" for p in of_image) for of_image in zip(*panel.probabilities(frame))]
             shown["frames"].append({"caption": frame.caption, "notes": notes, **strips})
 
     def value(self) -> dict[str, Any]:

@@ -4,18 +4,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-import pandas as pd
-import torch
 from checks import MOST_SCALE, MOST_SEED, MOST_STEPS, choice, choices, number, whole
 from drawing import Frame
-from exhibit import Exhibit, seed_control
+from exhibit import seed_control
 from film import Panel, color_map
+from guides import (
+    CURVES,
+    GuidedExhibit,
+    curves,
+    sampling_controls,
+    scale_slider,
+    second_controls,
+    second_of,
+)
 from opening import Opened
 
-from hfdiff.sampling import image_generators
-
+KINDS = ("guided", "unguided")
 MOST_BOXES = 20  # classes; more are chosen from a list
-CURVES = {"x": "step", "y": "p(y | xₜ)", "color": "class", "y_lim": [0, 1], "colors_in_legend": [], "height": 230}
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,9 @@ class Settings:
         scheduler: its name.
         seed: of the noise.
         interval: the part of the progress that is guided.
+        second_label: of the second classifier for all images; empty where it does not guide.
+        second_scale: its w.
+        model: its name.
     """
 
     labels: tuple[str, ...]
@@ -37,13 +45,16 @@ class Settings:
     scheduler: str
     seed: int
     interval: tuple[float, float]
+    second_label: str
+    second_scale: float
+    model: str
 
 
-class Guided(Exhibit):
+class Guided(GuidedExhibit):
     """One image of each class, guided, then the same noise unguided: 2 N images in one batch."""
 
     endpoint = "guided"
-    plot_count = 2
+    plot_count = 4
 
     def check(
         self,
@@ -54,6 +65,9 @@ class Guided(Exhibit):
         seed: Any,
         guided_from: Any,
         guided_to: Any,
+        second_label: Any,
+        second_scale: Any,
+        model: Any,
     ) -> Settings:
         """Draws one image of each class by classifier guidance and, from the same noise, one without it.
 
@@ -61,117 +75,106 @@ class Guided(Exhibit):
         report with p(y | image) of each and the code that draws the same.
 
         Args:
-            labels: names of classes, 1 to 10, in any order; a name given twice is drawn twice.
+            labels: names of the model's classes, 1 to 10, in any order; a name given twice is drawn twice.
             guidance_scale: w, from 0 to 100.
             steps: model calls, from 1 to 100.
-            scheduler: one of the names that the page offers.
+            scheduler: one of the names that the page offers for the model.
             seed: of the noise; image i of a seed is the same picture everywhere.
             guided_from: the progress at which guidance sets in, from 0.
             guided_to: the progress after which it ends, to 1.
+            second_label: of the model's second classifier, where it has one, for all images; empty: it does not guide.
+            second_scale: w of the second classifier, from 0 to 100.
+            model: one of the names that the page offers.
         """
+        opened = self.opened_as(model)
         interval = (number("Guided from", guided_from, 0, 1), number("Guided to", guided_to, 0, 1))
         if interval[0] > interval[1]:
             raise ValueError(f"Guided from must not be after guided to, got {interval[0]:g} and {interval[1]:g}.")
         return Settings(
-            choices("Classes", labels, self.opened.labels),
+            choices("Classes", labels, opened.guides[0].labels),
             number("Guidance scale", guidance_scale, 0, MOST_SCALE),
             whole("Steps", steps, 1, MOST_STEPS),
-            choice("Scheduler", scheduler, list(self.opened.schedulers)),
+            choice("Scheduler", scheduler, list(opened.schedulers)),
             whole("Seed", seed, 0, MOST_SEED),
             interval,
+            *second_of(opened, second_label, second_scale),
+            model,
         )
 
-    def pipeline(self, settings: Settings) -> Any:
-        return self.opened.with_scheduler(self.opened.schedulers[settings.scheduler])
-
-    def arguments(self, settings: Settings) -> dict[str, Any]:
+    def batch(self, settings: Settings) -> tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]:
         count = len(settings.labels)
-        return {
-            "class_labels": self._asked(settings) * 2,
-            "guidance_scale": torch.tensor([settings.guidance_scale] * count + [0.0] * count),
-            "num_inference_steps": settings.steps,
-            "guidance_interval": settings.interval,
-            "generator": [*image_generators(settings.seed, count), *image_generators(settings.seed, count)],
-        }
+        scales, second_scales = (
+            (scale,) * count + (0.0,) * count for scale in (settings.guidance_scale, settings.second_scale)
+        )
+        return settings.labels * 2, scales, second_scales
 
-    def snippet(self, settings: Settings) -> str:
-        count = len(settings.labels)
-        return f"""{opening_lines(self.opened, settings.scheduler)}
-labels = {self._asked(settings)}
-images = pipe(
-    labels * 2,
-    guidance_scale=torch.tensor([{settings.guidance_scale}] * {count} + [0.0] * {count}),  # guided, then not
-    num_inference_steps={settings.steps},
-    guidance_interval={settings.interval},
-    generator=[image_generator({settings.seed}, i % {count}) for i in range({2 * count})],
-).images
-"""
+    def noise(self, settings: Settings) -> list[int]:
+        return [*range(len(settings.labels))] * 2
 
-    def _asked(self, settings: Settings) -> list[int | str]:
-        return [self.opened.classes[label] for label in settings.labels]
+    def options(self, settings: Settings) -> dict[str, Any]:
+        return {"num_inference_steps": settings.steps, "guidance_interval": settings.interval}
 
     def panels(self, settings: Settings) -> list[Panel]:
-        count, names = len(settings.labels), settings.labels
-        classes = tuple(self.opened.labels.index(label) for label in names)
-        known = color_map(self.opened.labels)
+        count, names, pulls = len(settings.labels), settings.labels, self.pulls(settings)
+        known = color_map(pulls[0].guide.labels)
         colors = tuple(known[label] for label in names)
+        title = f"Guided, scale {settings.guidance_scale:g}"
+        if settings.second_label:
+            title += f"; {settings.second_label}, scale {settings.second_scale:g}"
         return [
-            Panel(f"Guided, scale {settings.guidance_scale:g}", names, slice(0, count), classes, colors),
-            Panel("Unguided, the same noise", names, slice(count, 2 * count), classes, colors),
+            Panel(title, names, rows, tuple(pull.columns[rows] for pull in pulls), colors, self.told(settings))
+            for title, rows in (
+                (title, slice(0, count)),
+                ("Unguided, the same noise", slice(count, 2 * count)),
+            )
         ]
 
-    def plots(self, settings: Settings, frames: list[Frame]) -> list[pd.DataFrame]:
-        return [curves(panel, frames) for panel in self.panels(settings)]
+    def plots(self, settings: Settings, frames: list[Frame]) -> list[gr.LinePlot]:
+        panels, guides = self.panels(settings), [pull.guide for pull in self.pulls(settings)]
+        colors = color_map(guides[0].labels)
+        main = [gr.LinePlot(curves(panel, frames), color_map=colors) for panel in panels]
+        if len(guides) == 1:
+            return [*main, gr.LinePlot(visible=False), gr.LinePlot(visible=False)]
+        second = [
+            gr.LinePlot(
+                curves(panel, frames, 1),
+                color_map=colors,
+                label=f"p({guides[1].name} | xₜ) by step, {kind}",
+                visible=True,
+            )
+            for panel, kind in zip(panels, KINDS)
+        ]
+        return [*main, *second]
 
-    def controls(self) -> list[gr.components.Component]:
-        labels, schedulers = self.opened.labels, list(self.opened.schedulers)
-        chosen = [labels[i] for i in (3, 1, 4) if i < len(labels)] or labels[:1]
-        few = len(labels) <= MOST_BOXES
-        usual = self.opened.pipe.default_guidance_scale
-        controls = [
+    def fitted(self, opened: Opened) -> list[gr.components.Component]:
+        labels = opened.guides[0].labels
+        chosen = [label for label in ("3", "1", "4") if label in labels] or labels[:3]
+        few = len(self.first.guides[0].labels) <= MOST_BOXES
+        return [
             gr.CheckboxGroup(labels, value=chosen, label="Classes")
             if few
             else gr.Dropdown(labels, value=chosen, label="Classes", multiselect=True),
-            gr.Slider(0, max(40, usual), usual, step=0.5, label="Guidance scale w"),
-            gr.Slider(1, MOST_STEPS, 25, step=1, label="Steps"),
-            gr.Dropdown(schedulers, value=schedulers[0], label="Scheduler"),
-            seed_control(MOST_SEED),
+            scale_slider(opened),
+            *second_controls(opened),
+            *sampling_controls(opened),
         ]
+
+    def controls(self) -> list[gr.components.Component]:
+        model, note, fitted = self.model_controls()
+        labels, scale, second_label, second_scale, steps, scheduler = fitted
+        seed = seed_control(MOST_SEED)
         with gr.Accordion("Guide a part of the way only", open=False):
-            controls.append(gr.Slider(0, 1, 0, step=0.05, label="Guided from (0: pure noise)"))
-            controls.append(gr.Slider(0, 1, 1, step=0.05, label="Guided to (1: the image)"))
-        return controls
+            begin = gr.Slider(0, 1, 0, step=0.05, label="Guided from (0: pure noise)")
+            end = gr.Slider(0, 1, 1, step=0.05, label="Guided to (1: the image)")
+        self.follow(model, note, fitted)
+        return [labels, scale, steps, scheduler, seed, begin, end, second_label, second_scale, model]
 
     def plot_components(self) -> list[gr.LinePlot]:
-        colors = color_map(self.opened.labels)
-        return [
-            gr.LinePlot(**CURVES, color_map=colors, label=f"p(y | xₜ) by step, {kind}")
-            for kind in ("guided", "unguided")
-        ]
-
-
-def curves(panel: Panel, frames: list[Frame], color: str = "class") -> pd.DataFrame:
-    """p(y | x_t) of each image's class by the step, the image itself at the end."""
-    rows = [
-        (frame.step, probability, name)
-        for frame in frames
-        for name, probability in zip(panel.columns, panel.probabilities(frame))
-    ]
-    return pd.DataFrame(rows, columns=["step", "p(y | xₜ)", color])
-
-
-def opening_lines(opened: Opened, scheduler: str) -> str:
-    """The code that opens the pipeline and gives it a scheduler."""
-    kind, ours, lines = opened.schedulers[scheduler], ["ClassifierGuidedPipeline"], ["import torch"]
-    package = kind.__module__.partition(".")[0]
-    swapped = kind is not type(opened.pipe.scheduler)
-    if swapped and package == "hfdiff":
-        ours.insert(0, kind.__name__)
-    elif swapped:
-        lines.append(f"from {package} import {kind.__name__}")
-    lines += [f"from hfdiff import {', '.join(ours)}", "from hfdiff.sampling import image_generator", ""]
-    lines += opened.preamble
-    lines.append(f"pipe = ClassifierGuidedPipeline.from_pretrained({opened.name!r})")
-    if swapped:
-        lines.append(f"pipe.scheduler = {kind.__name__}.from_config(pipe.scheduler.config)")
-    return "\n".join(lines)
+        plots = []
+        for visible in (True, False):  # of the first classifier, of the second
+            with gr.Row():
+                plots += [
+                    gr.LinePlot(**CURVES, color="class", label=f"p(y | xₜ) by step, {kind}", visible=visible)
+                    for kind in KINDS
+                ]
+        return plots

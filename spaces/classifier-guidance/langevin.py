@@ -10,6 +10,7 @@ from checks import MOST_IMAGES, MOST_SEED, choice, whole
 from drawing import Frame
 from exhibit import Exhibit, seed_control
 from film import Panel
+from opening import Opened
 
 from hfdiff.sampling import image_generators
 from hfdiff.schedulers.scheduling_annealed_langevin import SAMPLINGS
@@ -35,10 +36,18 @@ class Settings:
 
 
 class Langevin(Exhibit):
-    """Images from noise, through falling noise levels."""
+    """Images from noise, through falling noise levels.
+
+    Args:
+        ncsn: the score network's pipeline.
+    """
 
     endpoint = "langevin"
     plot_count = 1
+
+    def __init__(self, ncsn: Opened) -> None:
+        super().__init__()
+        self.ncsn = ncsn
 
     def check(self, count: Any, steps: Any, sampling: Any, seed: Any) -> Settings:
         """Draws images from a score network by annealed Langevin dynamics.
@@ -59,8 +68,11 @@ class Langevin(Exhibit):
             whole("Seed", seed, 0, MOST_SEED),
         )
 
+    def opened(self, settings: Settings) -> Opened:
+        return self.ncsn
+
     def pipeline(self, settings: Settings) -> Any:
-        return self.opened.with_scheduler(type(self.opened.pipe.scheduler), sampling=settings.sampling)
+        return self.ncsn.with_scheduler(type(self.ncsn.pipe.scheduler), sampling=settings.sampling)
 
     def arguments(self, settings: Settings) -> dict[str, Any]:
         return {
@@ -70,12 +82,12 @@ class Langevin(Exhibit):
         }
 
     def snippet(self, settings: Settings) -> str:
-        preamble = "".join(f"{line}\n" for line in self.opened.preamble)
+        preamble = "".join(f"{line}\n" for line in self.ncsn.preamble)
         return f"""import torch
 from hfdiff import AnnealedLangevinScheduler, NCSNPipeline
 from hfdiff.sampling import image_generators
 
-{preamble}pipe = NCSNPipeline.from_pretrained({self.opened.name!r})
+{preamble}pipe = NCSNPipeline.from_pretrained({self.ncsn.name!r})
 pipe.scheduler = AnnealedLangevinScheduler.from_config(pipe.scheduler.config, sampling={settings.sampling!r})
 images = pipe(
     batch_size={settings.count},
@@ -96,9 +108,10 @@ images = pipe(
         return [
             gr.Slider(1, MOST_IMAGES, 5, step=1, label="Images"),
             gr.Slider(5, MOST_STEPS, 100, step=1, label="Steps (model calls)"),
-            gr.Radio(list(SAMPLINGS), value=self.opened.pipe.scheduler.config.sampling, label="Sampler"),
+            gr.Radio(list(SAMPLINGS), value=self.ncsn.pipe.scheduler.config.sampling, label="Sampler"),
             seed_control(MOST_SEED),
         ]
 
     def plot_components(self) -> list[gr.LinePlot]:
-        return [gr.LinePlot(x="model call", y="log₁₀ σ", height=230, label="The noise level by model call")]
+        with gr.Row():
+            return [gr.LinePlot(x="model call", y="log₁₀ σ", height=230, label="The noise level by model call")]

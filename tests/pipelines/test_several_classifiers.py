@@ -148,6 +148,23 @@ def test_a_batch_equals_its_images_one_by_one(options: dict) -> None:
         torch.testing.assert_close(run(own, 3 + index)[0], whole[index])
 
 
+def test_each_image_may_have_scales_of_its_own() -> None:
+    """Images of a batch are those drawn alone with their numbers; zeros draw what is drawn without labels."""
+    kind, style = [2.0, 0.5, 0.0], [0.5, 0.0, 0.0]
+
+    def run(seeds: list[int], scale: dict | None) -> Tensor:
+        labels = {"kind": ["cat"] * len(seeds), "style": ["ink"] * len(seeds)} if scale else None
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        output = PIPE(labels, scale, 6, generator=generators, batch_size=len(seeds), output_type="latent")
+        return output.images
+
+    whole = run([3, 4, 5], {"kind": torch.tensor(kind), "style": torch.tensor(style)})
+    for index in range(3):
+        alone = run([3 + index], {"kind": kind[index], "style": style[index]})
+        torch.testing.assert_close(whole[index], alone[0])
+    torch.testing.assert_close(whole[2], run([5], None)[0])
+
+
 def tiny(names: list[str], scale: float) -> NoisyClassifier:
     torch.manual_seed(len(names))
     classifier = NoisyClassifier(
@@ -194,7 +211,9 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path) -> None:
         ("ink", None, "names among"),
         ({"kind": "cat"}, {"colour": 2.0}, "`guidance_scale` must name classifiers"),
         ({"kind": "cat"}, {"kind": -1.0}, "`guidance_scale` of 'kind' must be a finite number"),
-        ({"kind": "cat"}, torch.ones(1), "`guidance_scale` of 'kind' must be"),
+        ({"kind": "cat"}, torch.ones(1, 1), "`guidance_scale` of 'kind' must be"),
+        ({"kind": "cat"}, {"kind": torch.tensor([-1.0])}, "`guidance_scale` of 'kind' must be a finite number"),
+        ({"kind": "cat"}, {"kind": torch.ones(2)}, "`guidance_scale` of 'kind' must be one number, or one per image"),
         ({}, None, "`class_labels` must be a dictionary by classifier"),
         ({"kind": 2}, None, "`class_labels` must be between 0 and 2 - 1"),
     ]:

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradi
 
 GUIDED = {"labels": ["3", "1"], "guidance_scale": 6.0, "steps": 4, "scheduler": "DDPM", "seed": 5}
 SWEEP = {"label": "8", "guidance_scales": ["0", "4", "16"], "steps": 4, "scheduler": "DDIM", "seed": 2}
+KINDS = {"model": "Emoji", "labels": ["face", "flag"], "guidance_scale": 14, "steps": 3, "scheduler": "DDPM", "seed": 4}
+EMOJI = {**KINDS, "second_label": "twitter", "second_scale": 12}
 LANGEVIN = {"count": 2, "steps": 8, "sampling": "consistent", "seed": 7}
 
 
@@ -47,7 +49,12 @@ def answer(request):
         ("/guided", {**GUIDED, "scheduler": "Euler ancestral", "guided_from": 0.25, "guided_to": 0.75}),
         ("/guided", {**GUIDED, "scheduler": "UniPC"}),
         ("/guided", {**GUIDED, "scheduler": "Annealed Langevin", "steps": 12}),
+        ("/guided", KINDS),
+        ("/guided", EMOJI),
+        ("/guided", {**EMOJI, "scheduler": "DPM-Solver++"}),
+        ("/guided", {**GUIDED, "model": "NCSN digits", "scheduler": "Annealed Langevin", "steps": 12}),
         ("/sweep", SWEEP),
+        ("/sweep", {**SWEEP, "model": "Emoji", "label": "sign", "second_label": "google", "second_scale": 6}),
         ("/langevin", LANGEVIN),
         ("/langevin", {**LANGEVIN, "sampling": "predictor_corrector"}),
     ],
@@ -57,7 +64,8 @@ def test_the_code_that_it_shows_draws_the_same_pixels(client, endpoint, inputs):
     images, report = images_of(client, endpoint, **inputs)
     names = {}
     exec(report["code"].replace(report["model"], bundled_source(report["model"])), names)
-    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in names["images"]]), images[..., 0])
+    drawn = np.stack([np.asarray(image) for image in names["images"]])
+    np.testing.assert_array_equal(drawn.reshape(images.shape), images)
 
 
 def test_guidance_raises_the_probability_of_the_class(client):
@@ -68,6 +76,18 @@ def test_guidance_raises_the_probability_of_the_class(client):
     assert unguided.mean() < 0.5
     _, report = images_of(client, "/sweep", label="8", steps=20, seed=3)
     assert report["probabilities"][-1] > report["probabilities"][0]
+
+
+def test_the_second_classifier_guides_too(client):
+    faces, styles = {**EMOJI, "labels": ["face", "face"], "steps": 10}, {}
+    for style in ("google", "twitter"):
+        _, report = images_of(client, "/guided", **{**faces, "second_label": style})
+        styles[style] = report["second_probabilities"]
+    guided, unguided = np.split(np.array(list(styles.values())), 2, axis=1)
+    assert guided.mean() > 0.8
+    np.testing.assert_allclose(unguided.sum(axis=0), 1, atol=1e-3)  # p(google) + p(twitter) of the same images
+    _, report = images_of(client, "/guided", **KINDS)
+    assert "second_probabilities" not in report
 
 
 def test_everybody_gets_the_images_of_their_seed(client, address):
@@ -103,6 +123,14 @@ def test_everybody_gets_the_images_of_their_seed(client, address):
         ("/guided", {"seed": -1}, "0"),
         ("/guided", {"seed": 2**40}, "4294967295"),
         ("/guided", {"guided_from": 0.8, "guided_to": 0.2}, "must not be after"),
+        ("/guided", {"model": "Cats"}, "Model must be one of Digits, Emoji, NCSN digits; got 'Cats'"),
+        ("/guided", {"model": None}, "Model must be one of"),
+        ("/guided", {"model": "Emoji"}, "Classes must be one of face, hand"),
+        ("/guided", {**GUIDED, "second_label": "google"}, "Second label must be empty for a model of one classifier"),
+        ("/guided", {**EMOJI, "second_label": "apple"}, "Second label must be one of google, twitter; got 'apple'"),
+        ("/guided", {**EMOJI, "second_scale": 101}, "Second scale must be a number from 0 to 100"),
+        ("/guided", {**GUIDED, "model": "NCSN digits"}, "Scheduler must be one of Annealed Langevin; got 'DDPM'"),
+        ("/sweep", {**SWEEP, "second_label": "google"}, "Second label must be empty"),
         ("/sweep", {"label": "10"}, "10"),
         ("/sweep", {"guidance_scales": []}, "Guidance scales must be 1 to 10"),
         ("/langevin", {"count": 11}, "10"),

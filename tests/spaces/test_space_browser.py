@@ -96,6 +96,9 @@ class Page:
         steps.clear()
         steps.send_keys(f"{count}\t")
 
+    def choose(self, value):
+        self.driver.find_element(By.CSS_SELECTOR, f"#tab-{self.tab} input[type=radio][value='{value}']").click()
+
     def draw(self):
         self.draw_button.click()
         self.until(lambda: self.caption.startswith("step "))  # it streams
@@ -165,6 +168,23 @@ def test_guided_digits_look_unlike_unguided_ones_and_tell_their_probability(chro
     notes = page.script("return [...tab.querySelectorAll('.panel')].map((p) => p.querySelector('.notes').innerText)")
     percents = [[int(note) for note in text.replace("%", " ").split()] for text in notes]
     assert min(percents[0]) > 90 > min(percents[1])
+
+
+def test_the_switch_shows_the_classes_of_another_model_and_its_second_classifier(chromium, address):
+    page = Page(chromium, address, "guided")
+    assert not page.driver.find_elements(By.CSS_SELECTOR, "#tab-guided input[value=google]")
+    page.choose("Emoji")
+    page.until(lambda: page.driver.find_elements(By.CSS_SELECTOR, "#tab-guided input[value=google]"))
+    page.choose("google")
+    page.set_steps(4)
+    page.draw()
+    assert page.until(page.curves) >= 4
+    page.save("emoji")
+    for strip in (strip for panel in page.frames() for strip in panel):
+        assert strip.shape == (32, 3 * 32, 3)
+    notes = page.script("return [...tab.querySelectorAll('.notes span')].map((n) => n.textContent.split('\\n').length)")
+    assert notes == [2] * 6  # of kind and style
+    assert "'style': ['google'] * 6" in page.code()
 
 
 def test_a_drawing_can_be_stopped(chromium, address):
