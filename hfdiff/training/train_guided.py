@@ -27,6 +27,7 @@ PLAN, DIFFUSION = "plan.json", "diffusion"  # file and folder in a run's
 INDEX = "model_index.json"
 MAY_CHANGE = {"output_dir", "report_to", "push_to_hub", "hub_model_id", "streaming"}
 CHECKPOINTS, VALIDATIONS = 10, 5  # of a stage
+GUIDE_AUGMENTED = 0.5  # probability of each change of the classifier's images, where the diffusion model's change
 
 
 def run(settings: GuidedSettings) -> None:
@@ -137,6 +138,7 @@ def guide_settings(settings: GuidedSettings) -> ClassifierSettings:
         "guidance_scale": settings.guidance_scale,
         "judge": settings.judge,
         "shift_augmentation": settings.resolution // 16,
+        "augment_probability": GUIDE_AUGMENTED if settings.augment_probability else 0.0,
         "label_smoothing": 0.05,
         "dropout": 0.1,
         "adam_weight_decay": 0.05,
