@@ -1,5 +1,6 @@
 """DINOv2's and CLIP's features and their metrics, against the formulas on features computed here."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -117,6 +118,18 @@ def test_grey_images_are_seen_as_grey_in_colours(dinov2):
     extractor = load_features(f"dinov2:{dinov2[1]}")
     assert torch.equal(extractor(grey).pooled, extractor(grey.expand(-1, 3, -1, -1)).pooled)
     assert extractor(grey).probs is None
+
+
+def test_weights_that_torch_wrote_are_opened_and_recorded(dinov2, tmp_path):
+    model, folder = dinov2
+    for file in folder.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    images = torch.from_numpy(draw(3, 0)).permute(0, 3, 1, 2)
+    extractor = load_features(f"dinov2:{tmp_path}")
+    assert torch.equal(extractor(images).pooled, load_features(f"dinov2:{folder}")(images).pooled)
+    expected = hashlib.sha256((tmp_path / "pytorch_model.bin").read_bytes()).hexdigest()
+    assert extractor.provenance["weights_sha256"] == expected
 
 
 def test_a_processor_that_does_not_crop_says_the_square_by_its_edge(dinov2, tmp_path):
