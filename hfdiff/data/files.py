@@ -77,8 +77,13 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def file_checksum(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's safetensors files one after the other."""
-    return files_checksum([path] if path.is_file() else sorted(path.glob("*.safetensors")))
+    """SHA-256 of a file, or of a folder's weights one after the other."""
+    return files_checksum([path] if path.is_file() else weight_files(path))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder, or where it has none, what torch wrote."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def files_checksum(files: Sequence[Path]) -> str:

@@ -64,7 +64,8 @@ def clip_maximum_mean_discrepancy(real: Tensor | np.ndarray, fake: Tensor | np.n
 
     Reference: Jayasumana et al., "Rethinking FID: Towards a Better Evaluation Metric for Image Generation", 2024,
     section 4, for CLIP's image embeddings of length 1; σ and the factor are the paper's. Pairs of an image with itself
-    count, as in the original code, so the distance of two draws of one distribution is above zero, by about 1/N.
+    count, as in the original code, so the distance of two draws of one distribution is above zero: where distances are
+    far below σ, by about 5 E‖x - y‖² (1/N + 1/M).
 
     Args:
         real: features of real images, (N, D).

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..data.files import file_checksum
+from ..data.files import file_checksum, weight_files
 from ..models.noisy_classifier import NoisyClassifier
 from ..pipelines.hub_download import fetch
 from .embeddings import KINDS, EmbeddingFeatures
@@ -143,6 +143,6 @@ def _download(name: str) -> Path:
             folder = Path(fetch(name, index=CONFIG))
     except (OSError, ValueError) as error:
         raise ValueError(f"`features` must name a folder or a Hub id, got {name!r}: {error}") from error
-    if not (folder / CONFIG).is_file() or not any(folder.glob("*.safetensors")):
-        raise ValueError(f"`features` must name a folder with config.json and safetensors weights, got {name!r}.")
+    if not (folder / CONFIG).is_file() or not weight_files(folder):
+        raise ValueError(f"`features` must name a folder with config.json and weights, got {name!r}.")
     return folder

@@ -58,8 +58,8 @@ def density_coverage(real: Tensor | np.ndarray, fake: Tensor | np.ndarray, k: in
 
     Reference: Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models", 2020, equations 6 and 7:
     density is Σ_j Σ_i 1[y_j in B(x_i)] / (k M), coverage Σ_i 1[some y_j in B(x_i)] / N, where the ball B(x_i) around a
-    real image reaches its k-th nearest other one. Balls hold their border, as in [`precision_recall`]; the original
-    code leaves it out, which differs where images repeat.
+    real image reaches its k-th nearest other one. Balls are open, as in the original code: so real images measured
+    against themselves have a density of 1, where the closed balls of [`precision_recall`] would give (k + 1) / k.
 
     Args:
         real: features of real images, x_i, (N, D).
@@ -73,7 +73,7 @@ def density_coverage(real: Tensor | np.ndarray, fake: Tensor | np.ndarray, k: in
     radii = _squared_radii(real, k)
     held, covered = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for part in chunks(fake, len(real)):
-        inside = squared_distances(part, real) <= radii
+        inside = squared_distances(part, real) < radii
         held += int(inside.sum())
         covered |= inside.any(dim=0)
     return DensityCoverage(held / (k * len(fake)), covered.double().mean().item())

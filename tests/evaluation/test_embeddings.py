@@ -1,19 +1,23 @@
 """DINOv2's and CLIP's features and their metrics, against the formulas on features computed here."""
 
+import hashlib
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from hfdiff import cli
 from hfdiff.evaluation.networks import load_features
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 MEAN, STD = np.array([0.4, 0.5, 0.6]), np.array([0.2, 0.3, 0.25])
+MIDDLE = (2, 0, 22, 20)  # the square of 20 in an image of 24 by 20: left, top, right, bottom
 CROPPING = {  # as the published processors, which would crop
     "size": {"shortest_edge": 32},
     "crop_size": {"height": 28, "width": 28},
@@ -53,9 +57,10 @@ def draw(count, seed):
     return np.random.default_rng(seed).integers(256, size=(count, 20, 24, 3), dtype=np.uint8)
 
 
-def pixels_of(images):
-    """Whole images, squashed by Pillow's bicubic filter to 28 by 28 and normalised."""
-    small = np.stack([np.array(Image.fromarray(image).resize((28, 28), Image.Resampling.BICUBIC)) for image in images])
+def pixels_of(images, box=None):
+    """Images, or what is in a box of them, resized by Pillow's bicubic filter to 28 by 28 and normalised."""
+    cropped = [Image.fromarray(image).crop(box or (0, 0, 24, 20)) for image in images]
+    small = np.stack([np.array(image.resize((28, 28), Image.Resampling.BICUBIC)) for image in cropped])
     return torch.from_numpy(((small / 255 - MEAN) / STD).transpose(0, 3, 1, 2)).float()
 
 
@@ -70,7 +75,7 @@ def tokens_of(model, images):
 
 @torch.no_grad()
 def embeddings_of(model, images):
-    pooled = model.vision_model(pixels_of(images)).pooler_output
+    pooled = model.vision_model(pixels_of(images, MIDDLE)).pooler_output
     projected = (pooled @ model.visual_projection.weight.T).double().numpy()
     return projected / np.linalg.norm(projected, axis=1, keepdims=True)
 
@@ -115,20 +120,62 @@ def test_grey_images_are_seen_as_grey_in_colours(dinov2):
     assert extractor(grey).probs is None
 
 
+def test_weights_that_torch_wrote_are_opened_and_recorded(dinov2, tmp_path):
+    model, folder = dinov2
+    for file in folder.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    images = torch.from_numpy(draw(3, 0)).permute(0, 3, 1, 2)
+    extractor = load_features(f"dinov2:{tmp_path}")
+    assert torch.equal(extractor(images).pooled, load_features(f"dinov2:{folder}")(images).pooled)
+    expected = hashlib.sha256((tmp_path / "pytorch_model.bin").read_bytes()).hexdigest()
+    assert extractor.provenance["weights_sha256"] == expected
+
+
+def test_a_processor_that_does_not_crop_says_the_square_by_its_edge(dinov2, tmp_path):
+    from transformers import BitImageProcessorPil
+
+    shutil.copytree(dinov2[1], tmp_path, dirs_exist_ok=True)
+    BitImageProcessorPil(**{**CROPPING, "size": {"shortest_edge": 28}, "do_center_crop": False}).save_pretrained(
+        tmp_path
+    )
+    images = torch.from_numpy(draw(3, 0)).permute(0, 3, 1, 2)
+    features = [load_features(f"dinov2:{folder}")(images).pooled for folder in (tmp_path, dinov2[1])]
+    assert torch.equal(*features)
+
+
 @pytest.mark.parametrize(
-    ("kind", "metrics", "message"),
+    ("source", "metrics", "message"),
     [
-        ("clip", "cmmd", "`--features` must name a clip .*model_type is 'dinov2'"),
-        ("dino", "fid", '`--features` must be "inception".*got \'dino:'),
-        ("dinov2", "fid,accuracy", "`--features` must be of a classifier for accuracy, got 'dinov2:"),
+        ("clip:dinov2", "cmmd", "`--features` must name a clip .*model_type is 'dinov2'"),
+        ("dino:dinov2", "fid", '`--features` must be "inception".*got \'dino:'),
+        ("dinov2:dinov2", "fid,accuracy", "`--features` must be of a classifier for accuracy, got 'dinov2:"),
+        ("dinov2:dinov2", "is", "`--features` must be of a classifier for is, got 'dinov2:"),
+        ("clip:clip", "worst_class_accuracy", "`--features` must be of a classifier for worst_class_accuracy"),
+        ("clip:unprojected", "cmmd", "`--features` must name a clip .*1 of its weights .*visual_projection.weight"),
+        ("clip:wide", "cmmd", "`--features` must name a clip .*1 of its weights .*visual_projection.weight"),
+        ("dinov2:cut", "fid", "`--features` must name a dinov2 .*header"),
+        ("dinov2:nobody/nothing", "fid", "`--features` must name a folder or a Hub id, got 'nobody/nothing'"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_drawn(
-    kind, metrics, message, dinov2, tmp_path, monkeypatch, capsys
+    source, metrics, message, dinov2, clip, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("hfdiff.sampling.sample_files.draw_samples", None)
-    np.savez(tmp_path / "reference.npz", arr_0=draw(4, 0))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for name, (_, folder) in {"dinov2": dinov2, "clip": clip, "cut": dinov2, "unprojected": clip, "wide": clip}.items():
+        shutil.copytree(folder, name)
+    with open("cut/model.safetensors", "r+b") as file:
+        file.truncate(200)
+    weights = load_file("unprojected/model.safetensors")
+    projection = weights.pop("visual_projection.weight")
+    save_file(weights, "unprojected/model.safetensors", metadata={"format": "pt"})
+    weights["visual_projection.weight"] = projection.repeat(2, 1)
+    save_file(weights, "wide/model.safetensors", metadata={"format": "pt"})
+    np.savez("reference.npz", arr_0=draw(4, 0))
     flags = ["--samples", "hfdiff/mnist-classifier-guided", "--num_images", "4", "--metrics", metrics]
-    flags += ["--features", f"{kind}:{dinov2[1]}", "--reference", str(tmp_path / "reference.npz")]
-    assert cli.main(["evaluate", *flags]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    assert cli.main(["evaluate", *flags, "--features", source, "--reference", "reference.npz"]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hfdiff evaluate: ")]
+    assert len(told) == 1
+    assert re.search(message, told[0])

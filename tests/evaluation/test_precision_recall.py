@@ -43,10 +43,23 @@ def test_chunks_do_not_change_the_result(monkeypatch):
 
 
 def test_density_and_coverage_by_hand_on_a_line():
-    """k = 1. Real {0, 1, 4}: balls [-1, 1], [0, 2], [1, 7]. Of fake {0.5, 2, 5, 9}: 2, 2, 1 and 0 balls hold them."""
-    real, fake = torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([[0.5], [2.0], [5.0], [9.0]])
-    assert density_coverage(real, fake, k=1) == pytest.approx((5 / 4, 1))
-    assert density_coverage(real, fake[2:], k=1) == pytest.approx((1 / 2, 1 / 3))
+    """k = 1. Real {0, 1, 5}: open balls (-1, 1), (0, 2), (1, 9). Fake {0.5, 2, 5, 9} are in 2, 1, 1 and 0 of them."""
+    real, fake = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([[0.5], [2.0], [5.0], [9.0]])
+    assert density_coverage(real, fake, k=1) == (1, 1)
+    assert density_coverage(real, fake[2:], k=1) == (1 / 2, 1 / 3)
+    assert density_coverage(real, real, k=1) == (1, 1)
+
+
+def test_density_and_coverage_are_plain_loops_with_ties():
+    """Whole numbers around 0, many at one distance and some copied, so that distances are exact and borders matter."""
+    half = torch.randint(-3, 4, (20, 2), generator=torch.Generator().manual_seed(0)).double()
+    real, fake = torch.cat([half, -half]), torch.cat([half[:7], half[7:14] + 1])
+    held, covered = 0, 0
+    for i, x in enumerate(real):
+        radius = sorted(float((x - other).norm()) for j, other in enumerate(real) if j != i)[2]
+        inside = [float((x - y).norm()) < radius for y in fake]
+        held, covered = held + sum(inside), covered + any(inside)
+    assert density_coverage(real, fake, k=3) == pytest.approx((held / (3 * 14), covered / 40))
 
 
 def test_an_outlier_adds_little_density_where_it_makes_all_precise():
