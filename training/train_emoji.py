@@ -16,9 +16,11 @@ from hfdiff.training.diffusion_model import open_diffusion_model
 from hfdiff.training.unet import without_classes
 
 RECIPES = Path(__file__).parent / "recipes"
-STEPS = {"ddpm": 6000, "kind": 2500, "style": 1000}
+STEPS = {"ddpm": 7000, "kind": 3000, "style": 1500}
 LABELS = {"kind": "label", "style": "style"}
-SCALES = {"kind": 14, "style": 12}
+MIRRORED = "[face,hand,person,animal,food,vehicle,building,clothing]"
+AUGMENTED = {"kind": ["--augment_probability", "0.5", "--random_flip_classes", MIRRORED], "style": []}
+SCALES = {"kind": 14, "style": 20}
 GPU_BATCH, BATCH = 256, 64
 INDEX = "model_index.json"
 
@@ -51,7 +53,7 @@ def main() -> None:
     without_kinds(out / "ddpm", out / "unconditional")
     measured = ["--validation_data", args.validation_data] if args.validation_data else []
     for name, column in LABELS.items():
-        flags = [*data, *measured, "--label_column", column, "--guidance_scale", str(SCALES[name])]
+        flags = [*data, *measured, *AUGMENTED[name], "--label_column", column, "--guidance_scale", str(SCALES[name])]
         flags += ["--diffusion_model", str(out / "unconditional")]
         train("classifier", "emoji-classifier.yaml", out / name, STEPS[name], *flags)
     classifiers = {name: NoisyClassifier.from_pretrained(out / name, subfolder="classifier") for name in LABELS}
