@@ -243,7 +243,7 @@ def test_controls_follow_the_model(part, models):
     assert (name, note.visible, style.visible, style_scale.visible) == ("Emoji", False, True, True)
     assert [label for label, _ in labels.choices][:2] == ["face", "hand"]
     assert style.choices == [("any", ""), ("google", "google"), ("twitter", "twitter")]
-    assert values([labels, scale, style, style_scale, steps]) == [["face", "hand", "person"], 14, "", 12, 25]
+    assert values([labels, scale, style, style_scale, steps]) == [["face", "hand", "person"], 14, "", 20, 25]
     name, _, labels, scale, style, _, steps, scheduler = guided.choose("NCSN digits")
     assert (name, style.visible) == ("NCSN digits", False)
     assert [label for label, _ in labels.choices] == list("0123456789")
