@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
+import yaml
 
 from hfdiff import ClassifierGuidedPipeline, DDPMScheduler, NoisyClassifier, cli
 from hfdiff.training.diffusion_model import open_diffusion_model
@@ -18,8 +19,8 @@ from hfdiff.training.unet import without_classes
 RECIPES = Path(__file__).parent / "recipes"
 STEPS = {"ddpm": 7000, "kind": 3000, "style": 1500}
 LABELS = {"kind": "label", "style": "style"}
-MIRRORED = "[face,hand,person,animal,food,vehicle,building,clothing]"
-AUGMENTED = {"kind": ["--augment_probability", "0.5", "--random_flip_classes", MIRRORED], "style": []}
+MIRRORED = yaml.safe_load((RECIPES / "emoji-ddpm.yaml").read_text())["random_flip_classes"]
+AUGMENTED = {"kind": ["--augment_probability", "0.5", "--random_flip_classes", str(MIRRORED)], "style": []}
 SCALES = {"kind": 14, "style": 20}
 GPU_BATCH, BATCH = 256, 64
 INDEX = "model_index.json"

@@ -1,5 +1,6 @@
 """Features of vision transformers that know no classes: DINOv2 and CLIP, as their metrics take them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ class Kind(NamedTuple):
 
     model: str
     families: tuple[str, ...]
-    embed: Any
+    embed: Callable[[Any], Tensor]
     crop: bool
 
 

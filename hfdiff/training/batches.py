@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from ..data.labelled import LabelledImages, load_images
 from ..data.sources import DIGITS
 from . import geometry
 from .augmentation import Augmentation
-from .config import RunSettings
+from .config import RunSettings, TrainingSettings
 from .settings import LabelSettings
 from .timesteps import LogSNRSampler, LossSecondMomentSampler
 
@@ -204,6 +204,21 @@ class BatchStream:
     def _balanced(self) -> "BalancedOrder":
         assert self.data.labels is not None
         return BalancedOrder(self.data.labels, self.seed)
+
+
+def make_batches(
+    settings: TrainingSettings, data: LabelledImages, num_train_timesteps: int, processes: int, **options: Any
+) -> BatchStream:
+    """The batches of a run, of `train_batch_size` images for each process.
+
+    Args:
+        settings: of the run.
+        data: what to draw from.
+        num_train_timesteps: T.
+        processes: how many train.
+        options: the others of [`BatchStream`].
+    """
+    return BatchStream(data, settings.train_batch_size * processes, num_train_timesteps, settings.seed, **options)
 
 
 class TurnOrder:

@@ -80,7 +80,7 @@ def choose(settings: GuidedSettings, data: LabelledImages, device: torch.device,
     batch_size = settings.train_batch_size
     if batch_size is None:
         batch_size = max(1, min(BATCH_SIZE, len(data.images) // 2 // processes))
-        choices.append(Choice("train_batch_size", batch_size, "smaller ones take nearly as long a step"))
+        choices.append(Choice("train_batch_size", batch_size, "a step of fewer images takes nearly as long"))
     images = data.images[torch.arange(batch_size) % len(data.images)].to(device)
     speed_of = cache(lambda widths, precision: _unet_speed(widths, images, precision))
     precision = settings.mixed_precision

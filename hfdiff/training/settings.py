@@ -359,8 +359,8 @@ class GuidedSettings(LabelSettings):
 
     Args:
         time_budget: how long it may take, like 15m or 1h30m; sizes and steps are chosen for it by the measured speed.
-        augment_probability: of each change of the images that the diffusion model is told of; where it is not 0, the
-            classifier's images are changed, too, but for mirrors and turns, each with a probability of a half.
+        augment_probability: of each change of the images that the diffusion model is told of; unless it is 0, the
+            classifier's images are scaled, stretched and shifted, each with a probability of a half.
         block_out_channels: widths of the diffusion model's UNet, one per level.
         train_batch_size: images per process and training step.
         max_train_steps: training steps of the diffusion model.

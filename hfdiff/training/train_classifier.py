@@ -19,7 +19,7 @@ from ..models.noisy_classifier import NoisyClassifier
 from ..pipelines.inputs import has_noise_levels, most_steps
 from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from .augmentation import Augmentation
-from .batches import BatchStream, choose_flips, load_training_data
+from .batches import choose_flips, load_training_data, make_batches
 from .card import find_repository, publish, write_card
 from .checkpoints import placed
 from .classifier_report import load_judge, make_monitor, report_gradient, report_noise_levels, report_samples
@@ -83,15 +83,14 @@ def run(settings: ClassifierSettings, recipe: RunSettings | None = None) -> None
         teacher.unet.requires_grad_(False).to(accelerator.device)
         denoiser = without_classes(teacher.unet)  # what differs between the two is the class alone
     augmentation = Augmentation(not settings.center_crop, choose_flips(settings, data), settings.shift_augmentation)
-    batch_size = settings.train_batch_size * accelerator.num_processes
     sampler = LogSNRSampler(scheduler.alphas_cumprod) if settings.time_sampling == "log-snr" else None
-    batches = BatchStream(
+    batches = make_batches(
+        settings,
         data,
-        batch_size,
         len(scheduler),
-        settings.seed,
-        augmentation,
-        sampler,
+        accelerator.num_processes,
+        augmentation=augmentation,
+        time_sampler=sampler,
         balance_classes=settings.balance_classes,
         augment_probability=settings.augment_probability,
         keep_class=True,

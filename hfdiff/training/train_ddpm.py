@@ -17,7 +17,7 @@ from ..pipelines.pipeline_classifier_guided import ClassifierGuidedPipeline
 from ..schedulers.checks import LEARNED_VARIANCES
 from ..schedulers.scheduling_ddpm import DDPMScheduler
 from .augmentation import Augmentation
-from .batches import Batch, BatchStream, choose_flips, derive_seed, load_training_data
+from .batches import Batch, choose_flips, derive_seed, load_training_data, make_batches
 from .card import find_repository
 from .diffusion_model import DiffusionModel, open_diffusion_model, take_over
 from .finish import common_measures, finish
@@ -57,18 +57,17 @@ def run(settings: DDPMSettings) -> None:
     scheduler = make_scheduler(settings, start)
     unet = make_unet(settings, data, start)
     sampler = LossSecondMomentSampler(len(scheduler)) if settings.time_sampling == "loss-second-moment" else None
-    batch_size = settings.train_batch_size * accelerator.num_processes
     augmentation = Augmentation(not settings.center_crop, choose_flips(settings, data))
-    batches = BatchStream(
+    batches = make_batches(
+        settings,
         data,
-        batch_size,
         len(scheduler),
-        settings.seed,
-        augmentation,
-        sampler,
-        settings.class_dropout,
-        settings.balance_classes,
-        settings.augment_probability,
+        accelerator.num_processes,
+        augmentation=augmentation,
+        time_sampler=sampler,
+        class_dropout=settings.class_dropout,
+        balance_classes=settings.balance_classes,
+        augment_probability=settings.augment_probability,
     )
     trained = ToldUNet(unet) if settings.augment_probability else unet
     repository = on_main(accelerator, lambda: find_repository(settings))

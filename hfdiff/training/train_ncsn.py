@@ -16,7 +16,7 @@ from ..models.ncsnv2 import NCSNv2Model
 from ..pipelines.pipeline_ncsn import NCSNPipeline
 from ..schedulers.scheduling_annealed_langevin import AnnealedLangevinScheduler
 from .augmentation import Augmentation
-from .batches import Batch, BatchStream, derive_seed, load_training_data
+from .batches import Batch, derive_seed, load_training_data, make_batches
 from .card import find_repository
 from .diffusion_model import DiffusionModel, open_diffusion_model, take_over
 from .finish import common_measures, finish
@@ -43,9 +43,8 @@ def run(settings: NCSNSettings) -> None:
     accelerator = make_accelerator(settings)
     scheduler = make_scheduler(settings, data, start)
     model = make_model(settings, scheduler, data, start)
-    batch_size = settings.train_batch_size * accelerator.num_processes
     augmentation = Augmentation(not settings.center_crop, settings.random_flip)
-    batches = BatchStream(data, batch_size, len(scheduler), settings.seed, augmentation)
+    batches = make_batches(settings, data, len(scheduler), accelerator.num_processes, augmentation=augmentation)
     repository = on_main(accelerator, lambda: find_repository(settings))
     pipe = NCSNPipeline(model, copy.copy(scheduler))
 
